@@ -1,0 +1,83 @@
+/* The arithmetic of the engine: one const table of functions per backend, chosen once at run time.
+ * "reference" is always built, accumulates in double and is what every other one is checked against.
+ *
+ * All functions are pure: they own nothing, allocate nothing, keep no state, and may run on several
+ * threads at once on disjoint outputs. Matrices are row-major f32 unless a type is named. Sizes are
+ * trusted here: they were checked where the bytes came in. */
+#ifndef IBID_ATTENTION_KERNELS_H
+#define IBID_ATTENTION_KERNELS_H
+
+#include "attention/tensor.h"
+#include "rpc/base/err.h"
+
+#include <stdbool.h>
+
+/* Running state of exact softmax attention for one query row of one head (online softmax,
+ * arXiv:1805.02867). Start: max = -INFINITY, sum = 0, acc all 0. Seeing more keys, in any order and
+ * any split, only updates it; states over disjoint keys merge by ibid_attn_merge (log-sum-exp). */
+typedef struct ibid_attn_state {
+    float max;  /* largest score so far */
+    float sum;  /* sum of exp(score - max) */
+} ibid_attn_state;
+
+/* One kv head of one KV segment against the query rows of all query heads that share it.
+ * Row r may see tokens [0, visible[r]) of the segment, except those whose bit is set in masked. */
+typedef struct ibid_attn_args {
+    const ibid_kv_view *kv;
+    size_t kv_head;
+    const float *q; /* [n_rows, head_dim], already rotated to p - d and scaled by 1/sqrt(head_dim) */
+    size_t n_rows;
+    const uint32_t *visible; /* [n_rows] */
+    const uint64_t *masked;  /* bitmap over the segment's tokens, or NULL */
+    ibid_attn_state *state;  /* [n_rows] */
+    float *acc;              /* [n_rows, head_dim], unnormalised: divide by state.sum at the end */
+} ibid_attn_args;
+
+typedef struct ibid_kernels {
+    const char *name;        /* "reference", "avx2", "avx512", "avx512vnni" */
+    bool (*supported)(void); /* by this CPU and operating system */
+
+    /* dst[i] = the i-th weight of the row, i < n (n a multiple of the type's block). */
+    void (*dequantize)(ibid_type type, const void *row, float *dst, size_t n);
+    /* y[i, r] = sum_c w[r, c] * x[i, c] for r in [row0, row1), i < n. ldx, ldy: row strides in floats;
+     * y is indexed by the absolute r. scratch: at least matmul_scratch(cols) bytes, 64-byte aligned,
+     * one per thread. n = 1 streams the weights as stored; large n unpacks panels of them once. */
+    void (*matmul)(const ibid_tensor *w, size_t row0, size_t row1, const float *x, size_t ldx,
+                   size_t n, float *y, size_t ldy, void *scratch);
+    size_t (*matmul_scratch)(size_t cols, size_t n);
+    /* y[i] = x[i] / sqrt(mean(x^2) + eps) * w[i] (arXiv:1910.07467); x and y may be equal. */
+    void (*rmsnorm)(const float *x, const float *w, float eps, float *y, size_t n);
+    /* Turns each head's first n_rot dimensions, pairs (2i, 2i+1), by angle[i] given as cos and sin
+     * [n_rot / 2]; in place over n_heads heads of head_dim (arXiv:2104.09864). */
+    void (*rope)(float *x, size_t n_heads, size_t head_dim, size_t n_rot, const float *cos,
+                 const float *sin);
+    /* gate[i] = silu(gate[i]) * up[i] (arXiv:2002.05202). */
+    void (*swiglu)(float *gate, const float *up, size_t n);
+    void (*add)(float *x, const float *y, size_t n); /* x += y */
+    void (*attn)(const ibid_attn_args *a);
+    /* mass[t] += exp(q_r . k_t - lse[r]) over rows r and the tokens each may see: the attention each
+     * token finally got, where lse[r] = log(sum) + max of the finished row. state and acc unused. */
+    void (*attn_mass)(const ibid_attn_args *a, const float *lse, float *mass);
+    /* Packs n values (a multiple of 32 for q8_0) into a KV plane; scale NULL unless q8_0. q8_0:
+     * d = max|x| / 127 rounded to f16, q = round(x / d) with that d. */
+    void (*kv_pack)(ibid_kv_type type, const float *src, size_t n, void *dst, uint16_t *scale);
+    void (*kv_unpack)(ibid_kv_type type, const void *src, const uint16_t *scale, size_t n, float *dst);
+    /* max over j < n_keys of the int8 dot product of each query with key j: best[i] = max_j
+     * dot(q_i, k_j), q [n_q, dim], k [n_keys, dim], dim a multiple of 32. For MaxSim over token keys;
+     * the index of the maximum goes to arg[i] unless arg is NULL. n_keys >= 1. */
+    void (*maxsim_i8)(const int8_t *q, size_t n_q, const int8_t *k, size_t n_keys, size_t dim,
+                      int32_t *best, uint32_t *arg);
+} ibid_kernels;
+
+/* into = into + other, both states of the same row over disjoint keys. */
+void ibid_attn_merge(ibid_attn_state *into, float *into_acc, const ibid_attn_state *other,
+                     const float *other_acc, size_t head_dim);
+
+/* The fastest supported backend, or the one named (also by environment IBID_KERNELS); NULL name =
+ * choose. Errors: NOTFOUND (no such name; the detail lists them), NOTSUP (not on this CPU). */
+ibid_err ibid_kernels_get(const char *name, const ibid_kernels **out);
+const ibid_kernels *const *ibid_kernels_all(void); /* NULL-terminated, fastest last */
+
+float ibid_f16_to_f32(uint16_t h);
+uint16_t ibid_f32_to_f16(float f); /* round to nearest even */
+#endif

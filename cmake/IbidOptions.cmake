@@ -1,0 +1,13 @@
+option(IBID_TESTS "Build the tests" ON)
+option(IBID_FUZZERS "Build libFuzzer targets (clang only)" OFF)
+set(IBID_SANITIZE "" CACHE STRING "Sanitizers for the whole build: address,undefined or thread")
+
+# Own code only: foreign headers come in as SYSTEM through imported targets.
+add_library(ibid_flags INTERFACE)
+target_compile_options(ibid_flags INTERFACE -Wall -Wextra -Wconversion -Werror)
+target_compile_definitions(ibid_flags INTERFACE _GNU_SOURCE IBID_VERSION="${PROJECT_VERSION}")
+target_include_directories(ibid_flags INTERFACE ${CMAKE_SOURCE_DIR})
+if(IBID_SANITIZE)
+  add_compile_options(-fsanitize=${IBID_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
+  add_link_options(-fsanitize=${IBID_SANITIZE})
+endif()
