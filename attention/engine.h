@@ -1,0 +1,90 @@
+/* The engine: the forward pass of one model over token rows that see stored KV segments and their own
+ * live KV. One primitive, ibid_engine_forward, serves encoding of blocks (many sequences in one batch),
+ * questions over stored blocks, partial recomputation, and decoding (continuous batching: any set of
+ * sequences may take part in a call).
+ *
+ * A sequence = stored segments (the prefix, blocks; borrowed KV views, K rotated at local positions)
+ * in ascending global position, plus live rows computed here (f32, K rotated at global positions).
+ * A query at global position p sees a segment with its rotation undone by the segment's offset d:
+ * R(p)q . R(n+d)k = R(p-d)q . R(n)k (docs/design.md section 4), so stored keys are never touched.
+ *
+ * One engine runs one forward at a time; callers serialise (attention/plan/scheduler). Sequences belong
+ * to one engine. Errors: INVAL (positions not ascending, unknown token), NOMEM, CONTEXT (position past
+ * the model's context), CANCELLED. */
+#ifndef IBID_ATTENTION_ENGINE_H
+#define IBID_ATTENTION_ENGINE_H
+
+#include "attention/kernels/kernels.h"
+#include "attention/model/model.h"
+
+#include <stdatomic.h>
+
+typedef struct ibid_engine ibid_engine;
+typedef struct ibid_seq ibid_seq;
+
+typedef struct ibid_engine_opts {
+    const char *kernels; /* NULL: the fastest */
+    size_t n_threads;    /* 0: physical cores */
+} ibid_engine_opts;
+
+ibid_err ibid_engine_open(const ibid_model *m, const ibid_engine_opts *o, ibid_engine **out);
+void ibid_engine_close(ibid_engine *e);
+const ibid_model *ibid_engine_model(const ibid_engine *e);
+
+/* A run of consecutive tokens with stored KV. Token j has local position local0 + j and global
+ * position local0 + offset + j. layers[l] must stay valid while the sequence lives. masked: bitmap of
+ * rows that no query may see at any layer (they are recomputed live), or NULL; borrowed. */
+typedef struct ibid_segment {
+    const ibid_kv_view *layers; /* [n_layers], borrowed */
+    uint64_t local0, offset;
+    const uint64_t *masked;
+} ibid_segment;
+
+/* live_hint: live rows expected (storage grows as needed). */
+ibid_err ibid_seq_open(ibid_engine *e, size_t live_hint, ibid_seq **out);
+void ibid_seq_close(ibid_seq *s);
+/* Segments come in ascending, non-overlapping global positions. */
+ibid_err ibid_seq_add_segment(ibid_seq *s, const ibid_segment *g);
+size_t ibid_seq_live_count(const ibid_seq *s);
+/* Drops live rows from `count` on. */
+void ibid_seq_truncate(ibid_seq *s, size_t count);
+
+/* Packs live rows [row0, row0 + n) of a layer into the planes of a view the caller prepared (type,
+ * shape and writable plane pointers; ibid_kv_value_planes). shift is subtracted from the rows' global
+ * positions, K being rotated back by it (0 when block-local and global positions coincide). */
+ibid_err ibid_seq_export(const ibid_seq *s, size_t layer, size_t row0, size_t n, uint64_t shift,
+                         const ibid_kv_view *planes);
+/* Keys of live rows before RoPE at one (layer, kv head): out [n, head_dim] f32. */
+ibid_err ibid_seq_raw_keys(const ibid_seq *s, size_t layer, size_t kv_head, size_t row0, size_t n,
+                           float *out);
+/* The same from stored KV: un-rotates token j by local position local0 + j. out [n_tokens, head_dim] */
+ibid_err ibid_engine_stored_keys(const ibid_engine *e, const ibid_kv_view *kv, uint64_t local0,
+                                 size_t kv_head, float *out);
+
+/* Attention mass that rows of a step gave to stored segments, summed over the chosen query heads and
+ * rows: mass[g][t] += probability, g the segment's index in the sequence. heads: bitmap over
+ * layer * n_heads + head; NULL = all. Costs one more pass over the keys of those heads. */
+typedef struct ibid_probe {
+    const uint64_t *heads;
+    float *const *mass; /* [n_segments]; NULL entries are skipped */
+    size_t row0, n_rows; /* rows of the step that count */
+} ibid_probe;
+
+typedef struct ibid_step {
+    ibid_seq *seq;
+    const int32_t *tokens;     /* [n] */
+    const uint32_t *positions; /* [n] global, strictly ascending, above those of live rows */
+    size_t n;
+    size_t n_logits; /* logits wanted for the last n_logits rows, <= n */
+    float *logits;   /* [n_logits, n_vocab] */
+    const ibid_probe *probe; /* NULL: none */
+    size_t n_layers; /* layers to run: 0 = all; fewer leaves logits impossible (n_logits must be 0) */
+} ibid_step;
+
+/* Appends each step's rows to its sequence. A live row sees: every unmasked stored row at a lower
+ * global position, every live row of its sequence at a position <= its own. On error the sequences are
+ * as before the call. cancel (may be NULL) is looked at between layers. Deterministic for any thread
+ * count. */
+ibid_err ibid_engine_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,
+                             const atomic_bool *cancel);
+#endif
