@@ -1,0 +1,68 @@
+/* The schema: one table of every field of every message body, read by the server (requests) and by the
+ * client (replies). A method without a row here is refused, so a new method starts here.
+ *
+ * One row per field, in the section of its room at the end of this file:
+ *
+ *   FIELD(owner, side, name, type, need, cap)
+ *     owner  "room.method"; "*.verb" for a method every room has (a room's own rows win over it);
+ *            or the name of a sub-schema, which has no dot: "block_put"
+ *     side   REQ (request), REP (reply), SUB (a sub-schema's field)
+ *     name   the map key
+ *     type   U64  I64  F64 (integers are accepted too)  BOOL  STR (text)  BIN (bytes)
+ *            ANY (any value, not looked into)  MAP (a map, not looked into)
+ *            MAP_OF("sub")      a map checked against a sub-schema
+ *            ARRAY_OF("sub")    an array of such maps
+ *            ARRAY(U64)         an array of plain values: U64 I64 F64 BOOL STR BIN (an element of text
+ *                               or bytes may have DEFAULT bytes)
+ *     need   REQUIRED or OPTIONAL
+ *     cap    MAX(n): bytes of STR and BIN, elements of arrays, pairs of maps, largest value of U64.
+ *            DEFAULT: 1 MiB for STR and BIN, 65536 elements or pairs, any number.
+ *   NO_FIELDS("room.method", REQ)   states that a side has no fields. A method with a row on one side
+ *            only needs nothing on the other; one with no field at all needs one NO_FIELDS row.
+ *
+ * Rules of the check: a field that is missing, nil where REQUIRED, or of another type is PROTO; one
+ * past its cap is TOOBIG; both name method and field. nil counts as absent. Unknown fields are skipped,
+ * so fields may be added later; they are never removed or given another type.
+ *
+ * The rows are read only where FIELD is defined (schema.c). */
+#ifndef IBID_BUS_SCHEMA_H
+#define IBID_BUS_SCHEMA_H
+
+#include "rpc/bus/msg.h"
+
+/* True when the method has at least one row. */
+bool ibid_schema_knows(const char *method);
+/* Checks a body (NULL reads as an empty map). Errors: NOTSUP (no rows for this method), PROTO, TOOBIG. */
+ibid_err ibid_schema_check(const char *method, const ibid_val *body, bool is_request);
+/* The table checks itself: sub-schemas exist, no field twice, caps fit their type. For a test. */
+ibid_err ibid_schema_verify(void);
+/* Calls fn for each method in the table's order, once ("*.ping" too). For tests and documents. */
+void ibid_schema_each(void (*fn)(void *, const char *method), void *arg);
+#endif
+
+/* clang-format off */
+#ifdef FIELD
+
+/* ---- rows of every room (the bus itself) ---- */
+NO_FIELDS("*.ping", REQ)
+FIELD("*.ping", REP, "room", STR, REQUIRED, MAX(64))
+FIELD("*.ping", REP, "pid", U64, REQUIRED, DEFAULT)
+FIELD("*.ping", REP, "uptime_ms", U64, REQUIRED, DEFAULT)
+FIELD("*.ping", REP, "version", STR, OPTIONAL, MAX(64))
+FIELD("*.next", REQ, "stream", U64, REQUIRED, DEFAULT)
+FIELD("*.next", REQ, "seq", U64, REQUIRED, DEFAULT)
+FIELD("*.next", REP, "seq", U64, REQUIRED, DEFAULT)
+FIELD("*.next", REP, "last", BOOL, REQUIRED, DEFAULT)
+FIELD("*.next", REP, "event", MAP, REQUIRED, DEFAULT)
+FIELD("*.cancel", REQ, "stream", U64, REQUIRED, DEFAULT)
+
+/* ---- rows of kvstore ---- */
+
+/* ---- rows of attention ---- */
+
+/* ---- rows of retriever ---- */
+
+/* ---- rows of indexer ---- */
+
+#endif
+/* clang-format on */
