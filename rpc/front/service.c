@@ -1,0 +1,80 @@
+#include "rpc/front/service.h"
+#include "rpc/front/supervisor.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static ibid_err find_data(const ibid_opts *o, char out[4096]) {
+    char path[4096];
+    const char *xdg = getenv("XDG_DATA_HOME"), *home = getenv("HOME");
+    int n;
+    if (o->data && *o->data)
+        n = snprintf(path, sizeof path, "%s", o->data);
+    else if (xdg && *xdg)
+        n = snprintf(path, sizeof path, "%s/ibid", xdg);
+    else if (home && *home)
+        n = snprintf(path, sizeof path, "%s/.local/share/ibid", home);
+    else
+        return ibid_fail(IBID_INVAL, "HOME is not set: say where the data lies with --data DIR");
+    if (n < 0 || (size_t)n >= sizeof path)
+        return ibid_fail(IBID_INVAL, "the data path is too long");
+    if (path[0] == '/') {
+        (void)snprintf(out, 4096, "%s", path);
+        return IBID_OK;
+    }
+    char cwd[2048];
+    if (!getcwd(cwd, sizeof cwd)) return ibid_fail_errno(errno, "no current folder", "");
+    if ((size_t)snprintf(out, 4096, "%s/%s", cwd, path) >= 4096)
+        return ibid_fail(IBID_INVAL, "the data path is too long");
+    return IBID_OK;
+}
+
+static ibid_err open_client(const ibid_service *s, const char *room, ibid_client **out) {
+    char url[IBID_BUS_URL_MAX];
+    ibid_err e = ibid_bus_url(s->data, room, false, url);
+    return e ? e : ibid_client_open(url, out);
+}
+
+ibid_err ibidi_service_open(const ibid_opts *o, bool rooms, ibid_service *s) {
+    *s = (ibid_service){.o = o};
+    ibid_err e = find_data(o, s->data);
+    if (e || !rooms) return e;
+    if (ibidi_supervisor_pid(s->data) == 0) {
+        (void)fprintf(stderr, "ibid: starting the service for %s (ibid down stops it)\n", s->data);
+        e = ibidi_supervisor_start(s->data, o);
+        if (e) return e;
+    }
+    e = open_client(s, "kvstore", &s->kvstore);
+    if (!e) e = open_client(s, "attention", &s->attention);
+    if (!e) e = open_client(s, "retriever", &s->retriever);
+    if (!e) e = open_client(s, "indexer", &s->indexer);
+    return e;
+}
+
+ibid_err ibidi_service_store(ibid_service *s) {
+    if (s->store) return IBID_OK;
+    char dir[4096 + 8];
+    (void)snprintf(dir, sizeof dir, "%s/store", s->data);
+    ibid_store_opts o = {.dir = dir, .readonly = true, .map_size = s->o->map_size};
+    ibid_err e = ibid_store_open(&o, &s->store);
+    if (e == IBID_NOTFOUND)
+        return ibid_fail(e, "nothing is stored under %s yet: ibid index PATH comes first", s->data);
+    return e;
+}
+
+void ibidi_service_close(ibid_service *s) {
+    ibid_store_close(s->store);
+    ibid_client_close(s->kvstore);
+    ibid_client_close(s->attention);
+    ibid_client_close(s->retriever);
+    ibid_client_close(s->indexer);
+    *s = (ibid_service){0};
+}
+
+bool ibidi_service_recover(ibid_service *s) {
+    return ibidi_supervisor_start(s->data, s->o) == IBID_OK;
+}

@@ -1,0 +1,417 @@
+#include "rpc/front/supervisor.h"
+#include "rpc/base/clock.h"
+#include "rpc/base/log.h"
+#include "rpc/base/mem.h"
+#include "rpc/bus/bus.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <jansson.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+const char *const ibidi_room_names[IBIDI_ROOMS] = {"kvstore", "attention", "retriever", "indexer"};
+
+enum {
+    BACKOFF_MIN_MS = 100,
+    BACKOFF_MAX_MS = 5000,
+    HEALTHY_MS = 10000,
+    STOP_MS = 15000,  /* then SIGKILL: LMDB and the jobs survive that */
+    START_MS = 60000, /* readiness of all rooms */
+    LOG_KEEP = 8 * 1024 * 1024
+};
+
+struct room {
+    pid_t pid;
+    uint64_t restarts, started_ns, next_ns, backoff_ms;
+};
+
+struct supervisor {
+    const char *data;
+    const ibid_opts *o;
+    struct room room[IBIDI_ROOMS];
+    pid_t guard;
+    int guard_pipe; /* write end: a byte on it means a planned end */
+    int lock;
+    bool stopping;
+};
+
+static int open_file(const char *data, const char *name, int flags) {
+    char path[4096];
+    if ((size_t)snprintf(path, sizeof path, "%s/%s", data, name) >= sizeof path) return -1;
+    return open(path, flags | O_CLOEXEC, 0600);
+}
+
+static ibid_err make_folders(const char *data) {
+    static const char *const names[] = {"", "/run", "/log", "/models"};
+    char path[4096];
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        if ((size_t)snprintf(path, sizeof path, "%s%s", data, names[i]) >= sizeof path)
+            return ibid_fail(IBID_INVAL, "the data folder's path is too long");
+        for (char *slash = path + 1; (slash = strchr(slash, '/')); slash++) {
+            *slash = '\0';
+            (void)mkdir(path, 0700);
+            *slash = '/';
+        }
+        if (mkdir(path, 0700) != 0 && errno != EEXIST)
+            return ibid_fail_errno(errno, "cannot create", path);
+    }
+    return IBID_OK;
+}
+
+/* ---- The lock that says who supervises ---- */
+
+static int take_lock(const char *data) {
+    int fd = open_file(data, "run/supervisor.lock", O_RDWR | O_CREAT);
+    if (fd < 0) return -1;
+    if (flock(fd, LOCK_EX | LOCK_NB) != 0) return close(fd), -1;
+    char pid[32];
+    int n = snprintf(pid, sizeof pid, "%ld\n", (long)getpid());
+    if (ftruncate(fd, 0) != 0 || pwrite(fd, pid, (size_t)n, 0) != n) return close(fd), -1;
+    return fd;
+}
+
+pid_t ibidi_supervisor_pid(const char *data) {
+    int fd = open_file(data, "run/supervisor.lock", O_RDONLY);
+    if (fd < 0) return 0;
+    long pid = 0;
+    char text[32] = "";
+    if (flock(fd, LOCK_SH | LOCK_NB) != 0 && pread(fd, text, sizeof text - 1, 0) > 0)
+        pid = strtol(text, NULL, 10);
+    (void)close(fd);
+    return pid > 1 ? (pid_t)pid : 0;
+}
+
+/* ---- Rooms ---- */
+
+static bool program_path(const char *name, char *out, size_t room) {
+    ssize_t n = readlink("/proc/self/exe", out, room - 1);
+    if (n <= 0) return false;
+    out[n] = '\0';
+    char *slash = strrchr(out, '/');
+    return slash && (size_t)snprintf(slash + 1, room - (size_t)(slash + 1 - out), "%s", name) <
+                        room - (size_t)(slash + 1 - out);
+}
+
+/* A log that passed its size is kept as NAME.1; the older one goes. */
+static int open_log(const char *data, const char *name) {
+    char path[4096], old[4100];
+    struct stat st;
+    if ((size_t)snprintf(path, sizeof path, "%s/log/%s.log", data, name) >= sizeof path) return -1;
+    if (stat(path, &st) == 0 && st.st_size > LOG_KEEP) {
+        (void)snprintf(old, sizeof old, "%s.1", path);
+        (void)rename(path, old);
+    }
+    return open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+}
+
+static void redirect(int log) {
+    int null = open("/dev/null", O_RDONLY);
+    if (null >= 0) (void)dup2(null, STDIN_FILENO);
+    if (log >= 0) {
+        (void)dup2(log, STDOUT_FILENO);
+        (void)dup2(log, STDERR_FILENO);
+    }
+}
+
+static void unblock_signals(void) {
+    sigset_t none;
+    (void)sigemptyset(&none);
+    (void)sigprocmask(SIG_SETMASK, &none, NULL);
+}
+
+/* In the child: never returns. */
+static void exec_room(const struct supervisor *s, const char *name, pid_t parent) {
+    char program[4096], file[64], threads[32], budget[32], map[32];
+    (void)prctl(PR_SET_PDEATHSIG, SIGTERM);
+    if (getppid() != parent) _exit(1); /* the supervisor died before the line above */
+    redirect(open_log(s->data, name));
+    unblock_signals();
+    (void)setpgid(0, 0); /* Ctrl-C at a terminal is the supervisor's business */
+    (void)snprintf(file, sizeof file, "ibid-%s", name);
+    (void)snprintf(threads, sizeof threads, "%llu", (unsigned long long)s->o->threads);
+    (void)snprintf(budget, sizeof budget, "%llu", (unsigned long long)s->o->kv_budget);
+    (void)snprintf(map, sizeof map, "%llu", (unsigned long long)s->o->map_size);
+    const char *argv[16] = {file, "--data", s->data, "--log-level", s->o->log_level};
+    size_t n = 5;
+    if (s->o->threads) argv[n++] = "--threads", argv[n++] = threads;
+    if (s->o->kv_budget) argv[n++] = "--kv-budget", argv[n++] = budget;
+    if (s->o->map_size) argv[n++] = "--map-size", argv[n++] = map;
+    if (s->o->kernels) (void)setenv("IBID_KERNELS", s->o->kernels, 1);
+    if (program_path(file, program, sizeof program)) (void)execv(program, (char *const *)argv);
+    (void)dprintf(STDERR_FILENO, "cannot run %s: %s\n", program, strerror(errno));
+    _exit(127);
+}
+
+static void start_room(struct supervisor *s, size_t i) {
+    struct room *r = &s->room[i];
+    pid_t self = getpid(), pid = fork();
+    if (pid == 0) exec_room(s, ibidi_room_names[i], self);
+    r->started_ns = ibid_now_ns();
+    if (pid < 0) {
+        ibid_log(IBID_LOG_ERROR, "cannot fork for %s: %s", ibidi_room_names[i], strerror(errno));
+        r->next_ns = r->started_ns + (uint64_t)BACKOFF_MAX_MS * 1000000;
+        return;
+    }
+    r->pid = pid;
+    ibid_log(IBID_LOG_INFO, "started %s as process %ld", ibidi_room_names[i], (long)pid);
+}
+
+static void room_died(struct supervisor *s, size_t i, int status) {
+    struct room *r = &s->room[i];
+    uint64_t now = ibid_now_ns();
+    if (now - r->started_ns > (uint64_t)HEALTHY_MS * 1000000 || r->backoff_ms == 0)
+        r->backoff_ms = BACKOFF_MIN_MS;
+    else
+        r->backoff_ms = r->backoff_ms * 2 > BACKOFF_MAX_MS ? BACKOFF_MAX_MS : r->backoff_ms * 2;
+    r->pid = 0;
+    r->next_ns = now + r->backoff_ms * 1000000;
+    if (s->stopping) return;
+    r->restarts++;
+    if (WIFSIGNALED(status))
+        ibid_log(IBID_LOG_WARN, "%s was killed by signal %d; starting it again in %llu ms",
+                 ibidi_room_names[i], WTERMSIG(status), (unsigned long long)r->backoff_ms);
+    else
+        ibid_log(IBID_LOG_WARN, "%s ended with status %d; starting it again in %llu ms",
+                 ibidi_room_names[i], WEXITSTATUS(status), (unsigned long long)r->backoff_ms);
+}
+
+/* ---- The guard ---- */
+
+/* In the child: waits for the pipe's end; a byte first means a planned stop. Becomes the supervisor
+ * otherwise. Never returns. */
+static void guard_main(const struct supervisor *s, int pipe_end) {
+    (void)signal(SIGINT, SIG_IGN);
+    unblock_signals();
+    (void)prctl(PR_SET_NAME, "ibid-guard");
+    char bye;
+    ssize_t n;
+    do n = read(pipe_end, &bye, 1);
+    while (n < 0 && errno == EINTR);
+    if (n > 0) _exit(0);
+    char program[4096];
+    (void)program_path("ibid", program, sizeof program);
+    (void)signal(SIGINT, SIG_DFL);
+    ibid_log(IBID_LOG_WARN, "the supervisor died; its guard takes over");
+    char threads[32], budget[32], map[32];
+    const char *argv[20] = {"ibid",  "up",          "--foreground", "--data",
+                            s->data, "--log-level", s->o->log_level};
+    size_t k = 7;
+    (void)snprintf(threads, sizeof threads, "%llu", (unsigned long long)s->o->threads);
+    (void)snprintf(budget, sizeof budget, "%llu", (unsigned long long)s->o->kv_budget);
+    (void)snprintf(map, sizeof map, "%llu", (unsigned long long)s->o->map_size);
+    if (s->o->threads) argv[k++] = "--threads", argv[k++] = threads;
+    if (s->o->kv_budget) argv[k++] = "--kv-budget", argv[k++] = budget;
+    if (s->o->map_size) argv[k++] = "--map-size", argv[k++] = map;
+    (void)execv(program, (char *const *)argv);
+    _exit(127);
+}
+
+static void start_guard(struct supervisor *s) {
+    int ends[2];
+    if (s->guard_pipe >= 0) (void)close(s->guard_pipe);
+    s->guard_pipe = -1;
+    s->guard = 0;
+    if (pipe2(ends, O_CLOEXEC) != 0) return;
+    pid_t pid = fork();
+    if (pid == 0) {
+        (void)close(ends[1]);
+        (void)close(s->lock); /* else the lock outlives the supervisor */
+        guard_main(s, ends[0]);
+    }
+    (void)close(ends[0]);
+    if (pid < 0) {
+        (void)close(ends[1]);
+        return;
+    }
+    s->guard = pid;
+    s->guard_pipe = ends[1];
+}
+
+static void dismiss_guard(struct supervisor *s) {
+    if (s->guard_pipe < 0) return;
+    ssize_t ignored = write(s->guard_pipe, "q", 1);
+    (void)ignored;
+    (void)close(s->guard_pipe);
+    s->guard_pipe = -1;
+}
+
+/* ---- The loop ---- */
+
+static void write_state(const struct supervisor *s) {
+    char path[4096], fresh[4100];
+    (void)snprintf(path, sizeof path, "%s/run/supervisor.json", s->data);
+    (void)snprintf(fresh, sizeof fresh, "%s.new", path);
+    json_t *j = json_object();
+    for (size_t i = 0; i < IBIDI_ROOMS; i++)
+        (void)json_object_set_new(j, ibidi_room_names[i],
+                                  json_pack("{s:I,s:I}", "pid", (json_int_t)s->room[i].pid,
+                                            "restarts", (json_int_t)s->room[i].restarts));
+    if (j && json_dump_file(j, fresh, JSON_COMPACT) == 0) (void)rename(fresh, path);
+    json_decref(j);
+}
+
+void ibidi_supervisor_restarts(const char *data, uint64_t restarts[IBIDI_ROOMS]) {
+    char path[4096];
+    (void)snprintf(path, sizeof path, "%s/run/supervisor.json", data);
+    json_t *j = json_load_file(path, 0, NULL);
+    for (size_t i = 0; i < IBIDI_ROOMS; i++)
+        restarts[i] = (uint64_t)json_integer_value(
+            json_object_get(json_object_get(j, ibidi_room_names[i]), "restarts"));
+    json_decref(j);
+}
+
+static void reap(struct supervisor *s) {
+    int status;
+    for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;) {
+        if (pid == s->guard) {
+            s->guard = 0;
+            if (!s->stopping) start_guard(s);
+            continue;
+        }
+        for (size_t i = 0; i < IBIDI_ROOMS; i++)
+            if (s->room[i].pid == pid) room_died(s, i, status);
+    }
+}
+
+/* Starts what is due; returns the milliseconds until the next start is, -1 for never. */
+static int start_due(struct supervisor *s) {
+    uint64_t now = ibid_now_ns();
+    int wait = -1;
+    for (size_t i = 0; i < IBIDI_ROOMS; i++) {
+        struct room *r = &s->room[i];
+        if (r->pid == 0 && r->next_ns <= now) start_room(s, i);
+        if (r->pid != 0) continue;
+        int ms = (int)((r->next_ns - now) / 1000000) + 1;
+        if (wait < 0 || ms < wait) wait = ms;
+    }
+    return wait;
+}
+
+/* Stops the callers of the store before the store itself. */
+static void stop_rooms(struct supervisor *s) {
+    s->stopping = true;
+    for (size_t i = IBIDI_ROOMS; i-- > 0;) {
+        struct room *r = &s->room[i];
+        if (r->pid == 0) continue;
+        (void)kill(r->pid, SIGTERM);
+        uint64_t start = ibid_now_ns();
+        while (r->pid != 0) {
+            reap(s);
+            if (r->pid != 0 && ibid_ms_since(start) > STOP_MS) {
+                ibid_log(IBID_LOG_WARN, "%s does not stop; killing it", ibidi_room_names[i]);
+                (void)kill(r->pid, SIGKILL);
+                start = ibid_now_ns();
+            }
+            if (r->pid != 0) (void)poll(NULL, 0, 10);
+        }
+    }
+}
+
+int ibidi_supervise(const char *data, const ibid_opts *o) {
+    struct supervisor s = {.data = data, .o = o, .guard_pipe = -1};
+    ibid_log_init("supervisor", IBID_LOG_INFO);
+    if (make_folders(data) != IBID_OK) {
+        (void)fprintf(stderr, "ibid: %s\n", ibid_err_detail());
+        return 2;
+    }
+    s.lock = take_lock(data);
+    if (s.lock < 0) {
+        (void)fprintf(stderr, "ibid: another ibid supervises %s already\n", data);
+        return 2;
+    }
+    sigset_t set;
+    (void)sigemptyset(&set);
+    (void)sigaddset(&set, SIGINT);
+    (void)sigaddset(&set, SIGTERM);
+    (void)sigaddset(&set, SIGHUP);
+    (void)sigaddset(&set, SIGCHLD);
+    (void)sigprocmask(SIG_BLOCK, &set, NULL);
+    (void)signal(SIGPIPE, SIG_IGN);
+    int sig = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (sig < 0) return 2;
+    start_guard(&s);
+    for (bool stop = false; !stop;) {
+        int wait = start_due(&s);
+        write_state(&s);
+        struct pollfd p = {.fd = sig, .events = POLLIN};
+        (void)poll(&p, 1, wait);
+        struct signalfd_siginfo info;
+        while (read(sig, &info, sizeof info) == (ssize_t)sizeof info)
+            stop |= info.ssi_signo == SIGINT || info.ssi_signo == SIGTERM;
+        reap(&s);
+    }
+    ibid_log(IBID_LOG_INFO, "stopping");
+    dismiss_guard(&s);
+    stop_rooms(&s);
+    ibid_log(IBID_LOG_INFO, "stopped");
+    (void)close(sig);
+    (void)close(s.lock);
+    return 0;
+}
+
+/* ---- From outside ---- */
+
+static ibid_err wait_ready(const char *data) {
+    uint64_t start = ibid_now_ns();
+    for (size_t i = 0; i < IBIDI_ROOMS; i++) {
+        char url[IBID_BUS_URL_MAX];
+        ibid_client *c = NULL;
+        ibid_err e = ibid_bus_url(data, ibidi_room_names[i], false, url);
+        if (!e) e = ibid_client_open(url, &c);
+        while (!e && (e = ibid_client_ping(c, 250, NULL, NULL)) != IBID_OK) {
+            bool late = ibid_ms_since(start) > START_MS;
+            if (late || (ibid_ms_since(start) > 2000 && ibidi_supervisor_pid(data) == 0)) break;
+            e = IBID_OK;
+            (void)poll(NULL, 0, 20);
+        }
+        ibid_client_close(c);
+        if (e)
+            return ibid_fail(IBID_UNAVAIL,
+                             "ibid-%s does not start; see %s/log/%s.log and "
+                             "%s/log/supervisor.log",
+                             ibidi_room_names[i], data, ibidi_room_names[i], data);
+    }
+    return IBID_OK;
+}
+
+ibid_err ibidi_supervisor_start(const char *data, const ibid_opts *o) {
+    if (ibidi_supervisor_pid(data) != 0) return wait_ready(data);
+    ibid_err e = make_folders(data);
+    if (e) return e;
+    pid_t pid = fork();
+    if (pid < 0) return ibid_fail_errno(errno, "cannot fork", "");
+    if (pid == 0) {
+        /* A second fork, so that the supervisor is nobody's child and cannot get a terminal. */
+        (void)setsid();
+        if (fork() != 0) _exit(0);
+        redirect(open_log(data, "supervisor"));
+        (void)chdir("/");
+        _exit(ibidi_supervise(data, o));
+    }
+    (void)waitpid(pid, NULL, 0);
+    return wait_ready(data);
+}
+
+ibid_err ibidi_supervisor_stop(const char *data, bool *was) {
+    pid_t pid = ibidi_supervisor_pid(data);
+    *was = pid != 0;
+    if (pid == 0) return IBID_OK;
+    if (kill(pid, SIGTERM) != 0) return ibid_fail_errno(errno, "cannot stop the supervisor", "");
+    uint64_t start = ibid_now_ns();
+    while (ibidi_supervisor_pid(data) == pid) {
+        if (ibid_ms_since(start) > (IBIDI_ROOMS + 1) * STOP_MS)
+            return ibid_fail(IBID_TIMEOUT, "process %ld does not stop; see %s/log", (long)pid,
+                             data);
+        (void)poll(NULL, 0, 20);
+    }
+    return IBID_OK;
+}
