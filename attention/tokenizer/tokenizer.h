@@ -13,7 +13,10 @@ typedef struct ibid_tokenizer ibid_tokenizer;
 
 /* One token of a text: bytes [start, end) of it. Consecutive tokens of a text without special tokens
  * tile it exactly: token i ends where i + 1 starts, and the bytes of the tokens concatenated are the
- * text. A token may end inside a UTF-8 sequence. */
+ * text. A token may end inside a UTF-8 sequence. Some vocabularies lack a token for some bytes (the
+ * default model's for 21 of them: six control characters, and bytes of which text has hardly any). As in
+ * llama.cpp such bytes give no token: the token before them (or else the one after) spans them too,
+ * and a text of nothing else has no tokens. */
 typedef struct ibid_token {
     int32_t id;
     uint64_t start, end;
