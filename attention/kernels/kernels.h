@@ -1,9 +1,16 @@
 /* The arithmetic of the engine: one const table of functions per backend, chosen once at run time.
- * "reference" is always built, accumulates in double and is what every other one is checked against.
+ * "reference" is always built, accumulates in double and is what every other one is checked
+ * against.
  *
  * All functions are pure: they own nothing, allocate nothing, keep no state, and may run on several
  * threads at once on disjoint outputs. Matrices are row-major f32 unless a type is named. Sizes are
- * trusted here: they were checked where the bytes came in. */
+ * trusted here: they were checked where the bytes came in.
+ *
+ * Within one backend results do not depend on how work is grouped, bit for bit: y[i, r] of matmul
+ * depends on row i of x and row r of w only, whatever n and the split of rows over threads; a row
+ * of attn depends on its q, visible, the mask and the segment only. Between backends results differ
+ * by rounding (matmul: below 1e-6 of sum_c |w[r, c] x[i, c]|); kv_pack, kv_unpack, maxsim_i8 and,
+ * signs of zeros apart, dequantize are equal. */
 #ifndef IBID_ATTENTION_KERNELS_H
 #define IBID_ATTENTION_KERNELS_H
 
@@ -16,8 +23,8 @@
  * arXiv:1805.02867). Start: max = -INFINITY, sum = 0, acc all 0. Seeing more keys, in any order and
  * any split, only updates it; states over disjoint keys merge by ibid_attn_merge (log-sum-exp). */
 typedef struct ibid_attn_state {
-    float max;  /* largest score so far */
-    float sum;  /* sum of exp(score - max) */
+    float max; /* largest score so far */
+    float sum; /* sum of exp(score - max) */
 } ibid_attn_state;
 
 /* One kv head of one KV segment against the query rows of all query heads that share it.
@@ -25,7 +32,8 @@ typedef struct ibid_attn_state {
 typedef struct ibid_attn_args {
     const ibid_kv_view *kv;
     size_t kv_head;
-    const float *q; /* [n_rows, head_dim], already rotated to p - d and scaled by 1/sqrt(head_dim) */
+    const float
+        *q; /* [n_rows, head_dim], already rotated to p - d and scaled by 1/sqrt(head_dim) */
     size_t n_rows;
     const uint32_t *visible; /* [n_rows] */
     const uint64_t *masked;  /* bitmap over the segment's tokens, or NULL */
@@ -39,9 +47,10 @@ typedef struct ibid_kernels {
 
     /* dst[i] = the i-th weight of the row, i < n (n a multiple of the type's block). */
     void (*dequantize)(ibid_type type, const void *row, float *dst, size_t n);
-    /* y[i, r] = sum_c w[r, c] * x[i, c] for r in [row0, row1), i < n. ldx, ldy: row strides in floats;
-     * y is indexed by the absolute r. scratch: at least matmul_scratch(cols) bytes, 64-byte aligned,
-     * one per thread. n = 1 streams the weights as stored; large n unpacks panels of them once. */
+    /* y[i, r] = sum_c w[r, c] * x[i, c] for r in [row0, row1), i < n. ldx, ldy: row strides in
+     * floats; y is indexed by the absolute r. scratch: at least matmul_scratch(cols) bytes, 64-byte
+     * aligned, one per thread. n = 1 streams the weights as stored; large n unpacks panels of them
+     * once. */
     void (*matmul)(const ibid_tensor *w, size_t row0, size_t row1, const float *x, size_t ldx,
                    size_t n, float *y, size_t ldy, void *scratch);
     size_t (*matmul_scratch)(size_t cols, size_t n);
@@ -55,16 +64,18 @@ typedef struct ibid_kernels {
     void (*swiglu)(float *gate, const float *up, size_t n);
     void (*add)(float *x, const float *y, size_t n); /* x += y */
     void (*attn)(const ibid_attn_args *a);
-    /* mass[t] += exp(q_r . k_t - lse[r]) over rows r and the tokens each may see: the attention each
-     * token finally got, where lse[r] = log(sum) + max of the finished row. state and acc unused. */
+    /* mass[t] += exp(q_r . k_t - lse[r]) over rows r and the tokens each may see: the attention
+     * each token finally got, where lse[r] = log(sum) + max of the finished row. state and acc
+     * unused. */
     void (*attn_mass)(const ibid_attn_args *a, const float *lse, float *mass);
     /* Packs n values (a multiple of 32 for q8_0) into a KV plane; scale NULL unless q8_0. q8_0:
      * d = max|x| / 127 rounded to f16, q = round(x / d) with that d. */
     void (*kv_pack)(ibid_kv_type type, const float *src, size_t n, void *dst, uint16_t *scale);
-    void (*kv_unpack)(ibid_kv_type type, const void *src, const uint16_t *scale, size_t n, float *dst);
+    void (*kv_unpack)(ibid_kv_type type, const void *src, const uint16_t *scale, size_t n,
+                      float *dst);
     /* max over j < n_keys of the int8 dot product of each query with key j: best[i] = max_j
-     * dot(q_i, k_j), q [n_q, dim], k [n_keys, dim], dim a multiple of 32. For MaxSim over token keys;
-     * the index of the maximum goes to arg[i] unless arg is NULL. n_keys >= 1. */
+     * dot(q_i, k_j), q [n_q, dim], k [n_keys, dim], dim a multiple of 32. For MaxSim over token
+     * keys; the index of the maximum goes to arg[i] unless arg is NULL. n_keys >= 1. */
     void (*maxsim_i8)(const int8_t *q, size_t n_q, const int8_t *k, size_t n_keys, size_t dim,
                       int32_t *best, uint32_t *arg);
 } ibid_kernels;

@@ -1,5 +1,5 @@
-/* A small pool of threads that splits one job into parts. The caller's thread works too, so a pool of
- * one thread starts none. Between jobs the workers spin briefly, then sleep. */
+/* A small pool of threads that splits one job into parts. The caller's thread works too, so a pool
+ * of one thread starts none. Between jobs the workers spin briefly, then sleep. */
 #ifndef IBID_ATTENTION_POOL_H
 #define IBID_ATTENTION_POOL_H
 

@@ -1,0 +1,300 @@
+/* Template: weights times activations, over the vectors of simd_avx2.h or simd_avx512.h.
+ *
+ * Every output is summed in one order, whatever n, the rows' split and the path taken: columns in
+ * chunks of MM_CHUNK; within a chunk VL interleaved partial sums by fused multiply-add in column
+ * order, added up by v_sum4; chunks added in order. So y[i, r] depends on row i of x and row r of w
+ * only, bit for bit.
+ *
+ * Few rows of x (decode): the weights stream by as stored and are unpacked in registers. More rows:
+ * panels of MM_PANEL weight rows are unpacked once into scratch (L2), then tiles of MM_ROWS rows of
+ * x (L1) meet four weight rows at a time. */
+#include "attention/kernels/internal.h"
+
+enum {
+    MM_CHUNK = 768, /* columns; a multiple of every block */
+    MM_PANEL = 64,  /* weight rows unpacked at once: 192 KB of scratch */
+    MM_STREAM = 4   /* most rows of x for which streaming pays */
+};
+
+/* Bytes from the start of a row to column c (a multiple of the block). */
+INLINE size_t row_offset(ibid_type type, size_t c) {
+    switch (type) {
+    case IBID_F32:
+        return c * 4;
+    case IBID_F16:
+        return c * 2;
+    case IBID_Q4_0:
+        return c / IBIDI_BLOCK * IBIDI_Q4_0_BYTES;
+    case IBID_Q4_1:
+        return c / IBIDI_BLOCK * IBIDI_Q4_1_BYTES;
+    case IBID_Q8_0:
+        break;
+    }
+    return c / IBIDI_BLOCK * IBIDI_Q8_0_BYTES;
+}
+
+/* 32 weights from column c of a row. */
+INLINE void v_weights(ibid_type type, const uint8_t *row, size_t c, vf out[32 / VL]) {
+    const uint8_t *p = row + row_offset(type, c);
+    switch (type) {
+    case IBID_F32:
+        for (int j = 0; j < 32 / VL; j++) out[j] = v_load((const float *)(const void *)p + j * VL);
+        return;
+    case IBID_F16:
+        for (int j = 0; j < 32 / VL; j++) out[j] = v_from_half(p + 2 * j * VL);
+        return;
+    case IBID_Q4_0:
+        v_block_q4_0(p, out);
+        return;
+    case IBID_Q4_1:
+        v_block_q4_1(p, out);
+        return;
+    case IBID_Q8_0:
+        break;
+    }
+    vf d = v_half_set1(p);
+    for (int j = 0; j < 32 / VL; j++) {
+        out[j] = v_mul(d, v_from_i8((const int8_t *)p + 2 + j * VL));
+    }
+}
+
+/* The last n < 32 weights of a row, from column c, followed by zeros; F32 and F16 only. */
+INLINE void v_weights_tail(ibid_type type, const uint8_t *row, size_t c, size_t n,
+                           vf out[32 / VL]) {
+    float buf[32] = {0};
+    for (size_t j = 0; j < n; j++) {
+        if (type == IBID_F32)
+            memcpy(&buf[j], row + 4 * (c + j), 4);
+        else
+            buf[j] = ibid_f16_to_f32(ibidi_u16_at(row + 2 * (c + j)));
+    }
+    for (int j = 0; j < 32 / VL; j++) out[j] = v_load(buf + j * VL);
+}
+
+INLINE void unpack_row(ibid_type type, const uint8_t *row, size_t c0, size_t c1, float *dst) {
+    vf w[32 / VL];
+    size_t c = c0;
+    for (; c + 32 <= c1; c += 32, dst += 32) {
+        v_weights(type, row, c, w);
+        for (int j = 0; j < 32 / VL; j++) v_store(dst + j * VL, w[j]);
+    }
+    if (c == c1) return;
+    v_weights_tail(type, row, c, c1 - c, w);
+    for (int j = 0; j < 32 / VL; j++) v_store(dst + j * VL, w[j]);
+}
+
+/* Columns [c0, c1) of a row; writes zeros up to the next multiple of 32. */
+static void simd_unpack(ibid_type type, const uint8_t *row, size_t c0, size_t c1, float *dst) {
+    switch (type) {
+    case IBID_F32:
+        unpack_row(IBID_F32, row, c0, c1, dst);
+        break;
+    case IBID_F16:
+        unpack_row(IBID_F16, row, c0, c1, dst);
+        break;
+    case IBID_Q4_0:
+        unpack_row(IBID_Q4_0, row, c0, c1, dst);
+        break;
+    case IBID_Q4_1:
+        unpack_row(IBID_Q4_1, row, c0, c1, dst);
+        break;
+    case IBID_Q8_0:
+        unpack_row(IBID_Q8_0, row, c0, c1, dst);
+        break;
+    }
+}
+
+static void simd_dequantize(ibid_type type, const void *row, float *dst, size_t n) {
+    size_t whole = n & ~(size_t)31;
+    simd_unpack(type, row, 0, whole, dst);
+    if (whole == n) return;
+    float tail[32];
+    simd_unpack(type, row, whole, n, tail);
+    memcpy(dst + whole, tail, (n - whole) * sizeof *dst);
+}
+
+/* y[0 .. rows) = or += the four sums. */
+INLINE void put4(float *y, vf a[4], size_t rows, bool add) {
+    __m128 s = v_sum4(a[0], a[1], a[2], a[3]);
+    if (rows == 4) {
+        if (add) s = _mm_add_ps(_mm_loadu_ps(y), s);
+        _mm_storeu_ps(y, s);
+        return;
+    }
+    float f[4];
+    _mm_storeu_ps(f, s);
+    for (size_t i = 0; i < rows; i++) y[i] = add ? y[i] + f[i] : f[i];
+}
+
+/* N rows of x against four unpacked weight rows, k columns. */
+INLINE void panel_tile(const int N, const float *w, size_t ldw, const float *x, size_t ldx,
+                       size_t k, float *y, size_t ldy, size_t rows, bool add) {
+    vf sum[MM_ROWS][4], xv[MM_ROWS];
+    for (int i = 0; i < N; i++) {
+        for (int r = 0; r < 4; r++) sum[i][r] = v_zero();
+    }
+    size_t c = 0;
+    for (; c + VL <= k; c += VL) {
+        for (int i = 0; i < N; i++) xv[i] = v_load(x + (size_t)i * ldx + c);
+        for (int r = 0; r < 4; r++) {
+            vf wv = v_load(w + (size_t)r * ldw + c);
+            for (int i = 0; i < N; i++) sum[i][r] = v_fma(wv, xv[i], sum[i][r]);
+        }
+    }
+    if (c < k) {
+        for (int i = 0; i < N; i++) xv[i] = v_load_n(x + (size_t)i * ldx + c, k - c);
+        for (int r = 0; r < 4; r++) {
+            vf wv = v_load(w + (size_t)r * ldw + c);
+            for (int i = 0; i < N; i++) sum[i][r] = v_fma(wv, xv[i], sum[i][r]);
+        }
+    }
+    for (int i = 0; i < N; i++) put4(y + (size_t)i * ldy, sum[i], rows, add);
+}
+
+static void panel_tiles(size_t n, const float *w, size_t ldw, const float *x, size_t ldx, size_t k,
+                        float *y, size_t ldy, size_t rows, bool add) {
+    switch (n) {
+    case 1:
+        panel_tile(1, w, ldw, x, ldx, k, y, ldy, rows, add);
+        break;
+    case 2:
+        panel_tile(2, w, ldw, x, ldx, k, y, ldy, rows, add);
+        break;
+#if defined(__AVX512F__)
+    case 3:
+        panel_tile(3, w, ldw, x, ldx, k, y, ldy, rows, add);
+        break;
+    case 4:
+        panel_tile(4, w, ldw, x, ldx, k, y, ldy, rows, add);
+        break;
+    case 5:
+        panel_tile(5, w, ldw, x, ldx, k, y, ldy, rows, add);
+        break;
+#endif
+    default:
+        panel_tile(MM_ROWS, w, ldw, x, ldx, k, y, ldy, rows, add);
+        break;
+    }
+}
+
+static void matmul_panels(const ibid_tensor *w, size_t row0, size_t row1, const float *x,
+                          size_t ldx, size_t n, float *y, size_t ldy, float *panel) {
+    for (size_t p0 = row0; p0 < row1; p0 += MM_PANEL) {
+        size_t rows = row1 - p0 < MM_PANEL ? row1 - p0 : MM_PANEL;
+        for (size_t c0 = 0; c0 < w->cols; c0 += MM_CHUNK) {
+            size_t k = w->cols - c0 < MM_CHUNK ? w->cols - c0 : MM_CHUNK;
+            size_t ldw = (k + 31) & ~(size_t)31;
+            for (size_t r = 0; r < rows; r++) {
+                simd_unpack(w->type, (const uint8_t *)w->data + (p0 + r) * w->row_bytes, c0, c0 + k,
+                            panel + r * ldw);
+            }
+            /* A tile always reads four rows: what lies in the spare ones is summed and dropped. */
+            for (size_t r = rows; r % 4; r++) memset(panel + r * ldw, 0, ldw * sizeof *panel);
+            for (size_t i = 0; i < n; i += MM_ROWS) {
+                for (size_t r = 0; r < rows; r += 4) {
+                    panel_tiles(n - i < MM_ROWS ? n - i : MM_ROWS, panel + r * ldw, ldw,
+                                x + i * ldx + c0, ldx, k, y + i * ldy + p0 + r, ldy,
+                                rows - r < 4 ? rows - r : 4, c0 > 0);
+                }
+            }
+        }
+    }
+}
+
+/* N rows of x against the weight rows [row0, row1) as stored. */
+INLINE void stream(ibid_type type, const int N, const ibid_tensor *w, size_t row0, size_t row1,
+                   const float *x, size_t ldx, float *y, size_t ldy) {
+    for (size_t r0 = row0; r0 < row1; r0 += 4) {
+        size_t rows = row1 - r0 < 4 ? row1 - r0 : 4;
+        const uint8_t *row[4];
+        for (size_t r = 0; r < 4; r++) { /* the last row stands in for missing ones */
+            row[r] = (const uint8_t *)w->data + (r0 + (r < rows ? r : rows - 1)) * w->row_bytes;
+        }
+        for (size_t c0 = 0; c0 < w->cols; c0 += MM_CHUNK) {
+            size_t c1 = w->cols - c0 < MM_CHUNK ? w->cols : c0 + MM_CHUNK, c = c0;
+            vf sum[MM_STREAM][4], wv[32 / VL], xv[MM_STREAM][32 / VL];
+            for (int i = 0; i < N; i++) {
+                for (int r = 0; r < 4; r++) sum[i][r] = v_zero();
+            }
+            for (; c + 32 <= c1; c += 32) {
+                for (int r = 0; r < 4; r++) {
+                    v_weights(type, row[r], c, wv);
+                    for (int j = 0; j < 32 / VL; j++) {
+                        for (int i = 0; i < N; i++) {
+                            vf xj = v_load(x + (size_t)i * ldx + c + (size_t)(j * VL));
+                            sum[i][r] = v_fma(wv[j], xj, sum[i][r]);
+                        }
+                    }
+                }
+            }
+            if (c < c1) {
+                for (int i = 0; i < N; i++) {
+                    for (size_t j = 0; j < 32 / VL; j++) {
+                        size_t at = c + j * VL;
+                        const float *xi = x + (size_t)i * ldx;
+                        xv[i][j] = at < c1 ? v_load_n(xi + at, c1 - at) : v_zero();
+                    }
+                }
+                for (int r = 0; r < 4; r++) {
+                    v_weights_tail(type, row[r], c, c1 - c, wv);
+                    for (size_t j = 0; j < 32 / VL && c + j * VL < c1; j++) {
+                        for (int i = 0; i < N; i++) {
+                            sum[i][r] = v_fma(wv[j], xv[i][j], sum[i][r]);
+                        }
+                    }
+                }
+            }
+            for (int i = 0; i < N; i++) put4(y + (size_t)i * ldy + r0, sum[i], rows, c0 > 0);
+        }
+    }
+}
+
+INLINE void stream_type(ibid_type type, const ibid_tensor *w, size_t row0, size_t row1,
+                        const float *x, size_t ldx, size_t n, float *y, size_t ldy) {
+    switch (n) {
+    case 1:
+        stream(type, 1, w, row0, row1, x, ldx, y, ldy);
+        break;
+    case 2:
+        stream(type, 2, w, row0, row1, x, ldx, y, ldy);
+        break;
+    case 3:
+        stream(type, 3, w, row0, row1, x, ldx, y, ldy);
+        break;
+    default:
+        stream(type, MM_STREAM, w, row0, row1, x, ldx, y, ldy);
+        break;
+    }
+}
+
+static void simd_matmul(const ibid_tensor *w, size_t row0, size_t row1, const float *x, size_t ldx,
+                        size_t n, float *y, size_t ldy, void *scratch) {
+    if (n == 0 || row0 >= row1) return;
+    if (n > MM_STREAM) {
+        matmul_panels(w, row0, row1, x, ldx, n, y, ldy, scratch);
+        return;
+    }
+    switch (w->type) {
+    case IBID_F32:
+        stream_type(IBID_F32, w, row0, row1, x, ldx, n, y, ldy);
+        break;
+    case IBID_F16:
+        stream_type(IBID_F16, w, row0, row1, x, ldx, n, y, ldy);
+        break;
+    case IBID_Q4_0:
+        stream_type(IBID_Q4_0, w, row0, row1, x, ldx, n, y, ldy);
+        break;
+    case IBID_Q4_1:
+        stream_type(IBID_Q4_1, w, row0, row1, x, ldx, n, y, ldy);
+        break;
+    case IBID_Q8_0:
+        stream_type(IBID_Q8_0, w, row0, row1, x, ldx, n, y, ldy);
+        break;
+    }
+}
+
+static size_t simd_matmul_scratch(size_t cols, size_t n) {
+    (void)n;
+    size_t chunk = cols < MM_CHUNK ? cols : MM_CHUNK;
+    return MM_PANEL * ((chunk + 31) & ~(size_t)31) * sizeof(float);
+}

@@ -1,0 +1,823 @@
+/* Every vector backend this CPU runs, against the reference; and the reference's own corner cases.
+ * Random inputs come from one fixed seed, printed at the start. */
+#include "attention/kernels/kernels.h"
+
+#include "rpc/base/mem.h"
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#define SEED UINT64_C(0x1b1d5eed)
+
+static uint64_t rng_state;
+
+static uint32_t rnd(void) { /* splitmix64 */
+    uint64_t z = rng_state += UINT64_C(0x9e3779b97f4a7c15);
+    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
+    return (uint32_t)((z ^ (z >> 31)) >> 32);
+}
+
+static float rnd_float(float scale) { /* in [-scale, scale) */
+    return scale * ((float)(rnd() >> 8) * 0x1p-23f - 1);
+}
+
+static void fill(float *x, size_t n, float scale) {
+    for (size_t i = 0; i < n; i++) x[i] = rnd_float(scale);
+}
+
+static void *need(size_t bytes) {
+    void *p = ibid_alloc_aligned(64, bytes ? bytes : 64);
+    assert_non_null(p);
+    memset(p, 0, bytes);
+    return p;
+}
+
+static const ibid_kernels *ref;
+static const ibid_kernels *tested[8];
+static size_t n_tested;
+
+static void find_backends(void) {
+    for (const ibid_kernels *const *k = ibid_kernels_all(); *k; k++) {
+        if (strcmp((*k)->name, "reference") == 0)
+            ref = *k;
+        else if ((*k)->supported())
+            tested[n_tested++] = *k;
+    }
+    printf("seed 0x%llx, backends:", (unsigned long long)SEED);
+    for (size_t i = 0; i < n_tested; i++) printf(" %s", tested[i]->name);
+    printf("\n");
+}
+
+static size_t row_bytes(ibid_type type, size_t cols) {
+    switch (type) {
+    case IBID_F32:
+        return cols * 4;
+    case IBID_F16:
+        return cols * 2;
+    case IBID_Q4_0:
+        return cols / 32 * 18;
+    case IBID_Q4_1:
+        return cols / 32 * 20;
+    case IBID_Q8_0:
+        break;
+    }
+    return cols / 32 * 34;
+}
+
+static void put_u16(uint8_t *p, uint16_t v) {
+    memcpy(p, &v, 2);
+}
+
+static ibid_tensor random_weights(ibid_type type, size_t rows, size_t cols, float scale) {
+    size_t bytes = row_bytes(type, cols);
+    uint8_t *p = need(rows * bytes);
+    ibid_tensor t = {.type = type, .rows = rows, .cols = cols, .row_bytes = bytes, .data = p};
+    if (type == IBID_F32) {
+        fill((float *)(void *)p, rows * cols, scale);
+        return t;
+    }
+    if (type == IBID_F16) {
+        for (size_t i = 0; i < rows * cols; i++)
+            put_u16(p + 2 * i, ibid_f32_to_f16(rnd_float(scale)));
+        return t;
+    }
+    for (size_t i = 0; i < rows * bytes; i++) p[i] = (uint8_t)rnd();
+    size_t block = bytes / (cols / 32);
+    for (size_t b = 0; b < rows * cols / 32; b++) {
+        put_u16(p + b * block, ibid_f32_to_f16(rnd_float(scale / 8)));
+        if (type == IBID_Q4_1) put_u16(p + b * block + 2, ibid_f32_to_f16(rnd_float(scale)));
+    }
+    return t;
+}
+
+static const ibid_type all_types[] = {IBID_F32, IBID_F16, IBID_Q4_0, IBID_Q4_1, IBID_Q8_0};
+static const size_t n_types = sizeof all_types / sizeof *all_types;
+
+/* ---- f16 ---- */
+
+/* By the definition of the format, without bit tricks. */
+static double half_value(uint32_t h) {
+    double sign = h & 0x8000 ? -1 : 1;
+    int exp = (int)(h >> 10 & 31);
+    double frac = (double)(h & 0x3ff);
+    if (exp == 31) return frac > 0 ? (double)NAN : sign * (double)INFINITY;
+    return sign * (exp ? ldexp(1024 + frac, exp - 25) : ldexp(frac, -24));
+}
+
+static void test_f16_exhaustive(void **state) {
+    (void)state;
+    for (uint32_t h = 0; h < 65536; h++) {
+        double want = half_value(h);
+        float got = ibid_f16_to_f32((uint16_t)h);
+        if (isnan(want)) {
+            assert_true(isnan(got) != 0);
+            assert_true(isnan(ibid_f16_to_f32(ibid_f32_to_f16(got))) != 0);
+            continue;
+        }
+        assert_true((double)got == want && !signbit(got) == !(h & 0x8000));
+        assert_int_equal(ibid_f32_to_f16(got), h);
+    }
+}
+
+/* Between two neighbours everything rounds to the nearer one, the middle to the even one. */
+static void test_f16_rounding(void **state) {
+    (void)state;
+    for (uint32_t h = 0; h < 0x7c00; h++) {
+        double a = half_value(h), b = h == 0x7bff ? 65536 : half_value(h + 1);
+        float middle = (float)((a + b) / 2); /* exact: one bit more than f16 holds */
+        uint32_t even = h & 1 ? h + 1 : h;
+        assert_int_equal(ibid_f32_to_f16(middle), even);
+        assert_int_equal(ibid_f32_to_f16(-middle), even | 0x8000);
+        assert_int_equal(ibid_f32_to_f16(nextafterf(middle, 0)), h);
+        assert_int_equal(ibid_f32_to_f16(nextafterf(middle, INFINITY)), h + 1);
+    }
+    assert_int_equal(ibid_f32_to_f16(1e30f), 0x7c00);
+    assert_int_equal(ibid_f32_to_f16(-INFINITY), 0xfc00);
+    assert_int_equal(ibid_f32_to_f16(1e-30f), 0);
+}
+
+/* ---- dispatch ---- */
+
+static void test_get(void **state) {
+    (void)state;
+    const ibid_kernels *k = NULL;
+    unsetenv("IBID_KERNELS");
+    assert_int_equal(ibid_kernels_get(NULL, &k), IBID_OK);
+    assert_ptr_equal(k, n_tested ? tested[n_tested - 1] : ref);
+    assert_int_equal(ibid_kernels_get("reference", &k), IBID_OK);
+    assert_ptr_equal(k, ref);
+    setenv("IBID_KERNELS", "reference", 1);
+    assert_int_equal(ibid_kernels_get(NULL, &k), IBID_OK);
+    assert_ptr_equal(k, ref);
+    setenv("IBID_KERNELS", "abacus", 1);
+    assert_int_equal(ibid_kernels_get(NULL, &k), IBID_NOTFOUND);
+    assert_non_null(strstr(ibid_err_detail(), "reference"));
+    unsetenv("IBID_KERNELS");
+    for (const ibid_kernels *const *p = ibid_kernels_all(); *p; p++) {
+        ibid_err want = (*p)->supported() ? IBID_OK : IBID_NOTSUP;
+        assert_int_equal(ibid_kernels_get((*p)->name, &k), want);
+    }
+}
+
+/* ---- weights ---- */
+
+/* One block of each type by hand, from the layouts' definitions. */
+static void test_dequantize_known(void **state) {
+    (void)state;
+    uint8_t q4_0[18] = {0}, q4_1[20] = {0}, q8_0[34] = {0};
+    put_u16(q4_0, ibid_f32_to_f16(0.5f));
+    put_u16(q4_1, ibid_f32_to_f16(0.5f));
+    put_u16(q4_1 + 2, ibid_f32_to_f16(-3));
+    put_u16(q8_0, ibid_f32_to_f16(0.25f));
+    for (uint8_t j = 0; j < 16; j++) {
+        q4_0[2 + j] = q4_1[4 + j] = (uint8_t)(j | (15 - j) << 4);
+    }
+    for (int j = 0; j < 32; j++) q8_0[2 + j] = (uint8_t)(int8_t)(j * 8 - 128);
+    for (size_t b = 0; b <= n_tested; b++) {
+        const ibid_kernels *k = b < n_tested ? tested[b] : ref;
+        float out[32];
+        k->dequantize(IBID_Q4_0, q4_0, out, 32);
+        for (int j = 0; j < 16; j++) {
+            assert_true(out[j] == 0.5f * (float)(j - 8));
+            assert_true(out[j + 16] == 0.5f * (float)(15 - j - 8));
+        }
+        k->dequantize(IBID_Q4_1, q4_1, out, 32);
+        for (int j = 0; j < 16; j++) {
+            assert_true(out[j] == 0.5f * (float)j - 3);
+            assert_true(out[j + 16] == 0.5f * (float)(15 - j) - 3);
+        }
+        k->dequantize(IBID_Q8_0, q8_0, out, 32);
+        for (int j = 0; j < 32; j++) assert_true(out[j] == 0.25f * (float)(j * 8 - 128));
+    }
+}
+
+static void test_dequantize_equal(void **state) {
+    (void)state;
+    for (size_t b = 0; b < n_tested; b++) {
+        for (size_t i = 0; i < n_types; i++) {
+            for (size_t cols = 1; cols <= 1536; cols = cols < 40 ? cols + 1 : cols * 2 + 32) {
+                if (all_types[i] > IBID_F16 && cols % 32) continue;
+                ibid_tensor w = random_weights(all_types[i], 1, cols, 1);
+                float *want = need((cols + 1) * 4), *got = need((cols + 1) * 4);
+                want[cols] = got[cols] = 42; /* nothing past the end is written */
+                ref->dequantize(w.type, w.data, want, cols);
+                tested[b]->dequantize(w.type, w.data, got, cols);
+                /* equal as numbers: a zero weight may have either sign */
+                for (size_t c = 0; c <= cols; c++) assert_true(got[c] == want[c]);
+                ibid_free(want);
+                ibid_free(got);
+                ibid_free((void *)(uintptr_t)w.data);
+            }
+        }
+    }
+}
+
+/* y against the reference: off by at most tol of the sum of |w| |x|, which bounds rounding whatever
+ * the signs. */
+static void check_products(const ibid_kernels *k, const ibid_tensor *w, const float *x, size_t ldx,
+                           size_t n, double tol) {
+    size_t ldy = w->rows + 3;
+    float *want = need(n * ldy * 4), *got = need(n * ldy * 4), *row = need(w->cols * 4);
+    void *scratch = need(k->matmul_scratch(w->cols, n));
+    void *ref_scratch = need(ref->matmul_scratch(w->cols, n));
+    for (size_t i = 0; i < n * ldy; i++) got[i] = 42;
+    ref->matmul(w, 0, w->rows, x, ldx, n, want, ldy, ref_scratch);
+    size_t cut = w->rows / 3; /* two calls: absolute row numbers */
+    k->matmul(w, 0, cut, x, ldx, n, got, ldy, scratch);
+    k->matmul(w, cut, w->rows, x, ldx, n, got, ldy, scratch);
+    for (size_t r = 0; r < w->rows; r++) {
+        ref->dequantize(w->type, (const uint8_t *)w->data + r * w->row_bytes, row, w->cols);
+        for (size_t i = 0; i < n; i++) {
+            double size = 1e-37;
+            for (size_t c = 0; c < w->cols; c++)
+                size += fabs((double)row[c] * (double)x[i * ldx + c]);
+            double off = fabs((double)got[i * ldy + r] - (double)want[i * ldy + r]);
+            if (!(off <= tol * size)) {
+                fail_msg("%s type %d [%zu, %zu] n %zu: y[%zu, %zu] = %g, reference %g", k->name,
+                         (int)w->type, w->rows, w->cols, n, i, r, (double)got[i * ldy + r],
+                         (double)want[i * ldy + r]);
+            }
+        }
+    }
+    for (size_t i = 0; i < n; i++) {
+        for (size_t r = w->rows; r < ldy; r++) assert_true(got[i * ldy + r] == 42);
+    }
+    ibid_free(want);
+    ibid_free(got);
+    ibid_free(row);
+    ibid_free(scratch);
+    ibid_free(ref_scratch);
+}
+
+static void test_matmul(void **state) {
+    (void)state;
+    const size_t ns[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 63, 64, 65, 200};
+    const size_t rows[] = {1, 7, 64, 100};
+    const size_t cols[] = {32, 64, 96, 576, 768, 800, 1536};
+    for (size_t b = 0; b < n_tested; b++) {
+        for (size_t t = 0; t < n_types; t++) {
+            for (size_t i = 0; i < sizeof ns / sizeof *ns; i++) {
+                size_t n = ns[i], r = rows[(i + t) % 4], c = cols[(i + 3 * t + b) % 7], ldx = c + 5;
+                ibid_tensor w = random_weights(all_types[t], r, c, 0.3f);
+                float *x = need(n * ldx * 4);
+                fill(x, n * ldx, 2);
+                check_products(tested[b], &w, x, ldx, n, 1e-6);
+                ibid_free(x);
+                ibid_free((void *)(uintptr_t)w.data);
+            }
+        }
+    }
+}
+
+/* F32 and F16 rows of any length; nothing past the end of x is read (ASan builds see it). */
+static void test_matmul_odd_columns(void **state) {
+    (void)state;
+    const size_t cols[] = {1, 7, 15, 17, 31, 33, 63, 100, 577, 769, 1000};
+    for (size_t b = 0; b < n_tested; b++) {
+        for (size_t t = 0; t < 2; t++) {
+            for (size_t j = 0; j < sizeof cols / sizeof *cols; j++) {
+                for (size_t n = 1; n <= 9; n += 2) {
+                    ibid_tensor w = random_weights(all_types[t], 9, cols[j], 1);
+                    float *x = need(n * cols[j] * 4);
+                    fill(x, n * cols[j], 1);
+                    check_products(tested[b], &w, x, cols[j], n, 1e-6);
+                    ibid_free(x);
+                    ibid_free((void *)(uintptr_t)w.data);
+                }
+            }
+        }
+    }
+}
+
+static void test_matmul_extremes(void **state) {
+    (void)state;
+    const float scales[] = {0, 1e-30f, 1e4f};
+    for (size_t b = 0; b < n_tested; b++) {
+        for (size_t t = 0; t < n_types; t++) {
+            for (size_t s = 0; s < 3; s++) {
+                for (size_t n = 1; n <= 7; n += 3) {
+                    ibid_tensor w = random_weights(all_types[t], 10, 320, 100);
+                    float *x = need(n * 320 * 4);
+                    fill(x, n * 320, scales[s]);
+                    check_products(tested[b], &w, x, 320, n, 1e-6);
+                    ibid_free(x);
+                    ibid_free((void *)(uintptr_t)w.data);
+                }
+            }
+        }
+    }
+}
+
+/* The contract: a row of x gives the same bits whatever stands beside it and however rows are
+ * split. */
+static void test_matmul_same_bits(void **state) {
+    (void)state;
+    enum { N = 23, ROWS = 75, COLS = 1536 };
+    for (size_t b = 0; b < n_tested; b++) {
+        const ibid_kernels *k = tested[b];
+        for (size_t t = 0; t < n_types; t++) {
+            ibid_tensor w = random_weights(all_types[t], ROWS, COLS, 0.5f);
+            float *x = need(N * COLS * 4), *one = need(N * ROWS * 4), *all = need(N * ROWS * 4);
+            void *scratch = need(k->matmul_scratch(COLS, N));
+            fill(x, N * COLS, 1);
+            for (size_t i = 0; i < N; i++) {
+                for (size_t r = 0; r < ROWS; r += 10) {
+                    size_t end = r + 10 < ROWS ? r + 10 : ROWS;
+                    k->matmul(&w, r, end, x + i * COLS, COLS, 1, one + i * ROWS, ROWS, scratch);
+                }
+            }
+            for (size_t n = 1; n <= N; n++) {
+                k->matmul(&w, 0, ROWS, x, COLS, n, all, ROWS, scratch);
+                assert_memory_equal(all, one, n * ROWS * 4);
+            }
+            ibid_free(x);
+            ibid_free(one);
+            ibid_free(all);
+            ibid_free(scratch);
+            ibid_free((void *)(uintptr_t)w.data);
+        }
+    }
+}
+
+/* ---- rows ---- */
+
+static void near(float got, float want, double relative, double absolute, const char *what) {
+    double off = fabs((double)got - (double)want);
+    if (off <= relative * fabs((double)want) + absolute) return;
+    fail_msg("%s: %.9g, reference %.9g", what, (double)got, (double)want);
+}
+
+static void test_rmsnorm(void **state) {
+    (void)state;
+    const float scales[] = {0, 1e-30f, 1, 1e4f};
+    for (size_t b = 0; b < n_tested; b++) {
+        for (size_t n = 1; n <= 1536; n = n < 70 ? n + 1 : n * 2) {
+            float *x = need(n * 4), *w = need(n * 4), *want = need(n * 4);
+            fill(w, n, 2);
+            fill(x, n, scales[n % 4]);
+            ref->rmsnorm(x, w, 1e-5f, want, n);
+            tested[b]->rmsnorm(x, w, 1e-5f, x, n); /* in place */
+            for (size_t i = 0; i < n; i++) near(x[i], want[i], 2e-6, 1e-37, "rmsnorm");
+            ibid_free(x);
+            ibid_free(w);
+            ibid_free(want);
+        }
+    }
+}
+
+static void test_rope(void **state) {
+    (void)state;
+    const size_t dims[][2] = {{64, 64}, {64, 32}, {96, 96}, {128, 20}, {6, 6}, {256, 256}};
+    for (size_t b = 0; b < n_tested; b++) {
+        for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) {
+            size_t dim = dims[i][0], rot = dims[i][1];
+            float x[3 * 256] = {0}, want[3 * 256], c[128], s[128];
+            fill(x, 3 * dim, 10);
+            memcpy(want, x, sizeof x);
+            for (size_t j = 0; j < rot / 2; j++) {
+                float angle = rnd_float(3.14159f);
+                c[j] = cosf(angle);
+                s[j] = sinf(angle);
+            }
+            ref->rope(want, 3, dim, rot, c, s);
+            tested[b]->rope(x, 3, dim, rot, c, s);
+            for (size_t j = 0; j < 3 * dim; j++) near(x[j], want[j], 0, 2e-6, "rope");
+        }
+    }
+}
+
+static void test_swiglu_add(void **state) {
+    (void)state;
+    for (size_t b = 0; b < n_tested; b++) {
+        for (size_t n = 1; n <= 1536; n = n < 70 ? n + 1 : n * 2) {
+            float *g = need(n * 4), *u = need(n * 4), *want = need(n * 4);
+            fill(g, n, n % 2 ? 5 : 200);
+            fill(u, n, 3);
+            memcpy(want, g, n * 4);
+            ref->swiglu(want, u, n);
+            tested[b]->swiglu(g, u, n);
+            for (size_t i = 0; i < n; i++) near(g[i], want[i], 2e-6, 1e-33, "swiglu");
+            ref->add(want, u, n);
+            memcpy(u, g, n * 4);
+            tested[b]->add(g, g, n);
+            for (size_t i = 0; i < n; i++) assert_true(g[i] == u[i] + u[i]);
+            ibid_free(g);
+            ibid_free(u);
+            ibid_free(want);
+        }
+    }
+}
+
+static void test_kv_pack(void **state) {
+    (void)state;
+    enum { N = 32 * 40 };
+    float src[N], back[N], back_ref[N];
+    for (size_t i = 0; i < N; i++) {
+        static const float scale[] = {0, 1e-30f, 1e-4f, 1, 50, 60000};
+        src[i] = rnd_float(scale[i / 32 % 6]);
+    }
+    for (size_t i = 0; i < 32; i++) src[32 + i] = i == 5 ? -3 : 0; /* one value only */
+    const size_t width[] = {4, 2, 1};
+    for (size_t b = 0; b < n_tested; b++) {
+        for (ibid_kv_type type = IBID_KV_F32; type <= IBID_KV_Q8_0; type++) {
+            size_t n = type == IBID_KV_Q8_0 ? N : N - 3;
+            uint8_t got[N * 4] = {0}, want[N * 4] = {0};
+            uint16_t scale[N / 32] = {0}, want_scale[N / 32] = {0};
+            tested[b]->kv_pack(type, src, n, got, scale);
+            ref->kv_pack(type, src, n, want, want_scale);
+            assert_memory_equal(got, want, n * width[type]);
+            assert_memory_equal(scale, want_scale, sizeof scale);
+            tested[b]->kv_unpack(type, got, scale, n, back);
+            ref->kv_unpack(type, got, scale, n, back_ref);
+            assert_memory_equal(back, back_ref, n * 4);
+            for (size_t i = 0; i < n; i++) {
+                float max = 0;
+                for (size_t j = i & ~(size_t)31; j < (i | 31) + 1 && j < n; j++) {
+                    max = fmaxf(max, fabsf(src[j]));
+                }
+                double v = fabs((double)src[i]), bound = 0;
+                if (type == IBID_KV_F16) bound = fmax(v * 0x1p-11, 0x1p-25);
+                /* half a step, and the scale's own rounding where it clamps; a scale below f16's
+                 * least subnormal is 0 */
+                if (type == IBID_KV_Q8_0) bound = (double)max / 127 * 0.5 * 1.13 + 127 * 0x1p-25;
+                assert_true(fabs((double)back[i] - (double)src[i]) <= bound);
+            }
+        }
+    }
+}
+
+/* ---- attention ---- */
+
+typedef struct segment {
+    ibid_kv_view kv;
+    void *k, *v;
+    uint16_t *ks, *vs;
+} segment;
+
+static segment random_segment(ibid_kv_type type, size_t n_tokens, size_t heads, size_t dim,
+                              float scale) {
+    size_t n = n_tokens * heads * dim;
+    const size_t width[] = {4, 2, 1};
+    float *f = need(n * 4);
+    segment s = {.k = need(n * width[type]), .v = need(n * width[type])};
+    if (type == IBID_KV_Q8_0) {
+        s.ks = need(n / 32 * 2);
+        s.vs = need(n / 32 * 2);
+    }
+    fill(f, n, scale);
+    ref->kv_pack(type, f, n, s.k, s.ks);
+    fill(f, n, 2);
+    ref->kv_pack(type, f, n, s.v, s.vs);
+    ibid_free(f);
+    s.kv = (ibid_kv_view){.type = type,
+                          .n_tokens = n_tokens,
+                          .n_kv_heads = heads,
+                          .head_dim = dim,
+                          .k = s.k,
+                          .v = s.v,
+                          .k_scale = s.ks,
+                          .v_scale = s.vs};
+    return s;
+}
+
+static void free_segment(segment *s) {
+    ibid_free(s->k);
+    ibid_free(s->v);
+    ibid_free(s->ks);
+    ibid_free(s->vs);
+}
+
+typedef struct rows {
+    size_t n, dim;
+    float *q, *acc;
+    uint32_t *visible;
+    ibid_attn_state *state;
+} rows;
+
+static rows new_rows(size_t n, size_t dim, float scale) {
+    rows r = {.n = n, .dim = dim, .q = need(n * dim * 4), .acc = need(n * dim * 4)};
+    r.visible = need(n * 4);
+    r.state = need(n * sizeof *r.state);
+    fill(r.q, n * dim, scale);
+    for (size_t i = 0; i < n; i++) r.state[i] = (ibid_attn_state){.max = -INFINITY};
+    return r;
+}
+
+static rows copy_rows(const rows *from) {
+    rows r = new_rows(from->n, from->dim, 0);
+    memcpy(r.q, from->q, r.n * r.dim * 4);
+    memcpy(r.acc, from->acc, r.n * r.dim * 4);
+    memcpy(r.visible, from->visible, r.n * 4);
+    memcpy(r.state, from->state, r.n * sizeof *r.state);
+    return r;
+}
+
+static void free_rows(rows *r) {
+    ibid_free(r->q);
+    ibid_free(r->acc);
+    ibid_free(r->visible);
+    ibid_free(r->state);
+}
+
+static ibid_attn_args args_of(const segment *s, size_t head, rows *r, const uint64_t *masked) {
+    return (ibid_attn_args){.kv = &s->kv,
+                            .kv_head = head,
+                            .q = r->q,
+                            .n_rows = r->n,
+                            .visible = r->visible,
+                            .masked = masked,
+                            .state = r->state,
+                            .acc = r->acc};
+}
+
+/* Compares finished outputs acc / sum and log-sum-exps. spread: how large scores are, whose
+ * rounding in f32 the exponential turns into a relative error. */
+static void same_rows(const rows *got, const rows *want, double spread, const char *what) {
+    double tol = 3e-6 + 4e-7 * spread;
+    for (size_t r = 0; r < want->n; r++) {
+        ibid_attn_state g = got->state[r], w = want->state[r];
+        if (!(w.max > -INFINITY)) {
+            assert_true(g.max == w.max && g.sum == w.sum);
+            for (size_t d = 0; d < want->dim; d++) assert_true(got->acc[r * got->dim + d] == 0);
+            continue;
+        }
+        double lse_g = (double)g.max + log((double)g.sum),
+               lse_w = (double)w.max + log((double)w.sum);
+        if (!(fabs(lse_g - lse_w) <= tol))
+            fail_msg("%s: row %zu lse %g, %g", what, r, lse_g, lse_w);
+        for (size_t d = 0; d < want->dim; d++) {
+            double a = (double)got->acc[r * got->dim + d] / (double)g.sum;
+            double b = (double)want->acc[r * want->dim + d] / (double)w.sum;
+            if (!(fabs(a - b) <= 2 * tol)) {
+                fail_msg("%s: row %zu dim %zu: %g, reference %g", what, r, d, a, b);
+            }
+        }
+    }
+}
+
+static void test_attn(void **state) {
+    (void)state;
+    const size_t ns[] = {1, 2, 3, 4, 5, 6, 7, 9, 63, 65, 200};
+    const size_t tokens[] = {1, 5, 31, 32, 33, 63, 64, 65, 130, 200};
+    const size_t dims[] = {64, 32, 96, 128, 256};
+    for (size_t b = 0; b < n_tested; b++) {
+        for (ibid_kv_type type = IBID_KV_F32; type <= IBID_KV_Q8_0; type++) {
+            for (size_t i = 0; i < 40; i++) {
+                size_t n = ns[i % 11], t = tokens[(i * 7 + 3) % 10], dim = dims[i % 5];
+                float big = i % 4 == 3 ? 30 : 1; /* scores differ by some +-200 */
+                segment s = random_segment(type, t, 2, dim, big);
+                rows x = new_rows(n, dim, 8 / sqrtf((float)dim));
+                uint64_t masked[4] = {0};
+                for (size_t m = 0; m < 4; m++) masked[m] = (uint64_t)rnd() << 32 | rnd();
+                if (i % 5 == 1) masked[0] = ~UINT64_C(0);
+                for (size_t r = 0; r < n; r++) {
+                    x.visible[r] = (uint32_t)(i % 3 == 0   ? t
+                                              : i % 3 == 1 ? rnd() % (t + 1)
+                                                           : (r < t ? r : t));
+                }
+                rows y = copy_rows(&x);
+                for (size_t head = 0; head < 2; head++) { /* the second call continues the first */
+                    ibid_attn_args a = args_of(&s, head, &x, i % 2 ? masked : NULL);
+                    tested[b]->attn(&a);
+                    a = args_of(&s, head, &y, i % 2 ? masked : NULL);
+                    ref->attn(&a);
+                }
+                /* a score's terms add up to about big * 2 sqrt(dim) in size */
+                same_rows(&x, &y, (double)big * 4 * sqrt((double)dim), tested[b]->name);
+                free_rows(&x);
+                free_rows(&y);
+                free_segment(&s);
+            }
+        }
+    }
+}
+
+/* Rows that see nothing keep every bit of what they had, signs of zero included. */
+static void test_attn_untouched(void **state) {
+    (void)state;
+    uint64_t masked[3] = {~UINT64_C(0), ~UINT64_C(0), ~UINT64_C(0)};
+    for (size_t b = 0; b <= n_tested; b++) {
+        const ibid_kernels *k = b < n_tested ? tested[b] : ref;
+        segment s = random_segment(IBID_KV_Q8_0, 150, 1, 64, 1);
+        rows x = new_rows(13, 64, 1);
+        for (size_t r = 0; r < 13; r++) {
+            x.visible[r] = r % 2 ? 150 : 0;
+            if (r % 3 == 0) continue; /* some have seen something before, some not */
+            x.state[r] = (ibid_attn_state){.max = 3, .sum = 1.5f};
+            fill(x.acc + r * 64, 64, 1);
+            x.acc[r * 64] = -0.0f;
+        }
+        rows y = copy_rows(&x);
+        ibid_attn_args a = args_of(&s, 0, &x, masked);
+        k->attn(&a);
+        assert_memory_equal(x.acc, y.acc, 13 * 64 * 4);
+        assert_memory_equal(x.state, y.state, 13 * sizeof *x.state);
+        a.masked = NULL;
+        k->attn(&a);
+        for (size_t r = 0; r < 13; r++) {
+            int same = memcmp(x.acc + r * 64, y.acc + r * 64, 256) == 0;
+            assert_int_equal(same, r % 2 == 0);
+        }
+        free_rows(&x);
+        free_rows(&y);
+        free_segment(&s);
+    }
+}
+
+/* A key far below the best weighs nothing, one far above takes all, and scores of -infinity count
+ * as unseen: never a NaN. */
+static void test_attn_infinite(void **state) {
+    (void)state;
+    for (size_t b = 0; b <= n_tested; b++) {
+        const ibid_kernels *k = b < n_tested ? tested[b] : ref;
+        segment s = random_segment(IBID_KV_F32, 70, 1, 32, 1);
+        float *keys = s.k;
+        memset(keys, 0, 70 * 32 * 4);
+        for (size_t t = 0; t < 70; t++) keys[t * 32] = t < 66 ? -3e38f : t == 66 ? 200 : -200;
+        rows x = new_rows(2, 32, 0);
+        x.q[0] = 10; /* 10 * -3e38 = -infinity */
+        x.q[32] = 1;
+        x.visible[0] = 66; /* only -infinities: as if it saw nothing */
+        x.visible[1] = 70;
+        ibid_attn_args a = args_of(&s, 0, &x, NULL);
+        k->attn(&a);
+        if (k != ref) { /* the reference's scores are double and do not overflow */
+            assert_true(x.state[0].max == -INFINITY && x.state[0].sum == 0 && x.acc[0] == 0);
+        }
+        assert_true(x.state[1].max == 200 && x.state[1].sum == 1);
+        for (size_t d = 0; d < 32; d++) {
+            assert_true(x.acc[32 + d] == ((const float *)s.v)[66 * 32 + d]);
+            assert_true(!isnan(x.acc[d]));
+        }
+        free_rows(&x);
+        free_segment(&s);
+    }
+}
+
+/* Attending to two parts apart and merging the states equals attending to the whole. */
+static void test_attn_merge(void **state) {
+    (void)state;
+    enum { TOKENS = 150, DIM = 64, N = 7 };
+    for (size_t b = 0; b <= n_tested; b++) {
+        const ibid_kernels *k = b < n_tested ? tested[b] : ref;
+        segment s = random_segment(IBID_KV_F16, TOKENS, 1, DIM, 3);
+        for (size_t cut = 0; cut <= TOKENS; cut += 30) {
+            uint64_t head[3], tail[3]; /* masks that split the tokens at cut */
+            for (size_t m = 0; m < 3; m++) {
+                size_t from = m * 64;
+                head[m] = cut <= from        ? ~UINT64_C(0)
+                          : cut >= from + 64 ? 0
+                                             : ~UINT64_C(0) << (cut - from);
+                tail[m] = ~head[m];
+            }
+            rows whole = new_rows(N, DIM, 1);
+            for (size_t r = 0; r < N; r++) whole.visible[r] = (uint32_t)(TOKENS - 20 * r);
+            rows first = copy_rows(&whole), second = copy_rows(&whole);
+            ibid_attn_args a = args_of(&s, 0, &whole, NULL);
+            k->attn(&a);
+            a = args_of(&s, 0, &first, head);
+            k->attn(&a);
+            a = args_of(&s, 0, &second, tail);
+            k->attn(&a);
+            for (size_t r = 0; r < N; r++) {
+                ibid_attn_merge(&first.state[r], first.acc + r * DIM, &second.state[r],
+                                second.acc + r * DIM, DIM);
+            }
+            same_rows(&first, &whole, 24, "merge");
+            free_rows(&whole);
+            free_rows(&first);
+            free_rows(&second);
+        }
+        free_segment(&s);
+    }
+}
+
+/* The contract: a row's bits do not depend on the rows beside it. */
+static void test_attn_same_bits(void **state) {
+    (void)state;
+    enum { TOKENS = 200, DIM = 64, N = 40 };
+    for (size_t b = 0; b < n_tested; b++) {
+        for (ibid_kv_type type = IBID_KV_F32; type <= IBID_KV_Q8_0; type++) {
+            segment s = random_segment(type, TOKENS, 1, DIM, 2);
+            rows all = new_rows(N, DIM, 1);
+            for (size_t r = 0; r < N; r++) all.visible[r] = rnd() % (TOKENS + 1);
+            rows one = copy_rows(&all);
+            ibid_attn_args a = args_of(&s, 0, &all, NULL);
+            tested[b]->attn(&a);
+            for (size_t r = 0; r < N; r++) {
+                a = args_of(&s, 0, &one, NULL);
+                a.q += r * DIM;
+                a.acc += r * DIM;
+                a.state += r;
+                a.visible += r;
+                a.n_rows = 1;
+                tested[b]->attn(&a);
+            }
+            assert_memory_equal(all.acc, one.acc, N * DIM * 4);
+            assert_memory_equal(all.state, one.state, N * sizeof *all.state);
+            free_rows(&all);
+            free_rows(&one);
+            free_segment(&s);
+        }
+    }
+}
+
+/* The masses of a row's tokens add up to 1 over all it sees, and agree with the reference. */
+static void test_attn_mass(void **state) {
+    (void)state;
+    enum { TOKENS = 137, N = 11 };
+    const size_t dims[] = {32, 64, 256};
+    for (size_t b = 0; b < n_tested; b++) {
+        for (ibid_kv_type type = IBID_KV_F32; type <= IBID_KV_Q8_0; type++) {
+            size_t dim = dims[type];
+            segment s = random_segment(type, TOKENS, 2, dim, 2);
+            rows x = new_rows(N, dim, 0.5f);
+            uint64_t masked[3] = {0x5555, 0, 0xf0};
+            for (size_t r = 0; r < N; r++) x.visible[r] = (uint32_t)(r * 13);
+            ibid_attn_args a = args_of(&s, 1, &x, masked);
+            tested[b]->attn(&a);
+            float lse[N], got[TOKENS + 1] = {0}, want[TOKENS + 1] = {0};
+            size_t seeing = 0;
+            for (size_t r = 0; r < N; r++) {
+                lse[r] = x.state[r].max + logf(x.state[r].sum);
+                if (x.state[r].max > -INFINITY) seeing++;
+            }
+            got[TOKENS] = 42;
+            tested[b]->attn_mass(&a, lse, got);
+            ref->attn_mass(&a, lse, want);
+            double total = 0;
+            for (size_t t = 0; t < TOKENS; t++) {
+                near(got[t], want[t], 1e-5, 1e-7, "attn_mass");
+                total += (double)got[t];
+            }
+            assert_true(got[TOKENS] == 42);
+            assert_true(fabs(total - (double)seeing) < 1e-4);
+            free_rows(&x);
+            free_segment(&s);
+        }
+    }
+}
+
+/* ---- maxsim ---- */
+
+static void test_maxsim(void **state) {
+    (void)state;
+    const size_t dims[] = {32, 64, 96, 128, 256, 512, 544};
+    const size_t keys[] = {1, 2, 15, 16, 17, 63, 64, 65, 200, 1000};
+    const size_t queries[] = {1, 2, 3, 4, 5, 6, 7, 13, 31};
+    for (size_t b = 0; b < n_tested; b++) {
+        for (size_t i = 0; i < 90; i++) {
+            size_t dim = dims[i % 7], n_keys = keys[i % 10], n_q = queries[i % 9];
+            int8_t *q = need(n_q * dim), *k = need(n_keys * dim);
+            int32_t got[31], want[31];
+            uint32_t got_at[31], want_at[31];
+            for (size_t j = 0; j < n_q * dim; j++) q[j] = (int8_t)(i % 3 == 2 ? -128 : (int)rnd());
+            for (size_t j = 0; j < n_keys * dim; j++) {
+                /* every third: few values, so that equal bests are common */
+                k[j] = (int8_t)(i % 3 == 0 ? (int)rnd() : i % 3 == 1 ? (int)(rnd() >> 31) : -128);
+            }
+            ref->maxsim_i8(q, n_q, k, n_keys, dim, want, want_at);
+            tested[b]->maxsim_i8(q, n_q, k, n_keys, dim, got, i % 4 ? got_at : NULL);
+            assert_memory_equal(got, want, n_q * 4);
+            if (i % 4) assert_memory_equal(got_at, want_at, n_q * 4);
+            ibid_free(q);
+            ibid_free(k);
+        }
+    }
+}
+
+int main(void) {
+    rng_state = SEED;
+    find_backends();
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_f16_exhaustive),
+        cmocka_unit_test(test_f16_rounding),
+        cmocka_unit_test(test_get),
+        cmocka_unit_test(test_dequantize_known),
+        cmocka_unit_test(test_dequantize_equal),
+        cmocka_unit_test(test_matmul),
+        cmocka_unit_test(test_matmul_odd_columns),
+        cmocka_unit_test(test_matmul_extremes),
+        cmocka_unit_test(test_matmul_same_bits),
+        cmocka_unit_test(test_rmsnorm),
+        cmocka_unit_test(test_rope),
+        cmocka_unit_test(test_swiglu_add),
+        cmocka_unit_test(test_kv_pack),
+        cmocka_unit_test(test_attn),
+        cmocka_unit_test(test_attn_untouched),
+        cmocka_unit_test(test_attn_infinite),
+        cmocka_unit_test(test_attn_merge),
+        cmocka_unit_test(test_attn_same_bits),
+        cmocka_unit_test(test_attn_mass),
+        cmocka_unit_test(test_maxsim),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
