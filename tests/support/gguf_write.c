@@ -170,7 +170,7 @@ static uint64_t put_metadata(writer *w, const ibid_test_gguf *s, size_t head_dim
         n += 2;
     }
     if (s->rope_linear > 0) {
-        kv_str(w, "llama.rope.scaling.type", "linear");
+        kv_str(w, "llama.rope.scaling.type", s->rope_type ? s->rope_type : "linear");
         kv_f32(w, "llama.rope.scaling.factor", s->rope_linear);
         n += 2;
     }

@@ -23,12 +23,13 @@ typedef struct ibid_test_gguf {
     uint64_t seed;
     bool tied; /* no output.weight: the logits use the embedding */
     /* The rest may stay zero. */
-    size_t head_dim;   /* 0: n_embd / n_heads; otherwise written as key and value length */
-    size_t n_rot;      /* 0: head_dim */
-    float rope_theta;  /* 0: 10000 */
-    float rope_linear; /* 0: no scaling; otherwise llama.rope.scaling.factor, type "linear" */
-    bool rope_freqs;   /* write rope_freqs.weight (factors from 1 to 4) */
-    const char *pre;   /* NULL: "smollm" */
+    size_t head_dim;       /* 0: n_embd / n_heads; otherwise written as key and value length */
+    size_t n_rot;          /* 0: head_dim */
+    float rope_theta;      /* 0: 10000 */
+    float rope_linear;     /* 0: no scaling; otherwise llama.rope.scaling.factor, type "linear" */
+    bool rope_freqs;       /* write rope_freqs.weight (factors from 1 to 4) */
+    const char *pre;       /* NULL: "smollm" */
+    const char *rope_type; /* of the scaling, when rope_linear is set; NULL: "linear" */
 } ibid_test_gguf;
 
 /* A spec that is small, quick and valid: 2 layers, n_embd 64, 4 heads, 2 kv heads, n_ff 96, 512
