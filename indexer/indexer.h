@@ -7,13 +7,13 @@
 #include "rpc/bus/bus.h"
 
 typedef struct ibid_index_request {
-    ibid_str collection; /* created on first use, bound to the model */
-    ibid_str model;      /* name or fingerprint; "" = the collection's, or the default one */
+    ibid_str collection;   /* created on first use, bound to the model */
+    ibid_str model;        /* name or fingerprint; "" = the collection's, or the default one */
     const ibid_str *paths; /* absolute: files or folders */
     size_t n_paths;
-    bool prune;          /* remove documents under these paths whose file is gone */
-    bool force;          /* go on although the forecast exceeds the budget (evicts), never the disk */
-    bool dry_run;        /* forecast only */
+    bool prune;   /* remove documents under these paths whose file is gone */
+    bool force;   /* go on although the forecast exceeds the budget (evicts), never the disk */
+    bool dry_run; /* forecast only */
 } ibid_index_request;
 
 /* Starts a job; it is durable when this returns. */
@@ -53,7 +53,9 @@ void ibid_job_status_close(ibid_job_status *s);
 
 /* Removes a document from a collection. NOTFOUND. */
 ibid_err ibid_idx_remove(ibid_client *c, ibid_str collection, ibid_str id);
-/* Makes sure one file is readable by `find`: indexes it into the hidden collection ".find" unless its
- * content is there, within that cache's quota (oldest go first). Returns its document id there. */
-ibid_err ibid_idx_cache_file(ibid_client *c, ibid_str model, ibid_str path, char *id, size_t id_room);
+/* Makes sure one file is readable by `find`: indexes it into the hidden collection ".find" unless
+ * its content is there, within that cache's quota (oldest go first). Returns its document id there.
+ */
+ibid_err ibid_idx_cache_file(ibid_client *c, ibid_str model, ibid_str path, char *id,
+                             size_t id_room);
 #endif
