@@ -64,5 +64,22 @@ FIELD("*.cancel", REQ, "stream", U64, REQUIRED, DEFAULT)
 
 /* ---- rows of indexer ---- */
 
+/* ---- rows of echo, the room of tests/rpc ---- */
+FIELD("echo.echo", REQ, "data", BIN, OPTIONAL, MAX(134217728))
+FIELD("echo.echo", REQ, "numbers", ARRAY(I64), OPTIONAL, MAX(1000))
+FIELD("echo.echo", REQ, "point", MAP_OF("echo_point"), OPTIONAL, DEFAULT)
+FIELD("echo.echo", REQ, "points", ARRAY_OF("echo_point"), OPTIONAL, MAX(4))
+FIELD("echo.echo", REQ, "small", U64, OPTIONAL, MAX(10))
+FIELD("echo.echo", REP, "data", BIN, REQUIRED, MAX(134217728))
+FIELD("echo_point", SUB, "x", F64, REQUIRED, DEFAULT)
+FIELD("echo_point", SUB, "name", STR, OPTIONAL, MAX(8))
+FIELD("echo.fail", REQ, "code", STR, REQUIRED, MAX(64))
+FIELD("echo.fail", REQ, "text", STR, REQUIRED, DEFAULT)
+FIELD("echo.sleep", REQ, "ms", U64, REQUIRED, MAX(60000))
+FIELD("echo.runs", REP, "runs", U64, REQUIRED, DEFAULT)
+FIELD("echo.begin", REQ, "events", U64, REQUIRED, DEFAULT)
+FIELD("echo.begin", REQ, "fail", BOOL, OPTIONAL, DEFAULT)
+FIELD("echo.begin", REP, "stream", U64, REQUIRED, DEFAULT)
+
 #endif
 /* clang-format on */
