@@ -10,16 +10,16 @@
 
 typedef enum ibid_arch { IBID_ARCH_LLAMA = 1 } ibid_arch;
 
-/* One transformer layer. wq [n_heads * head_dim, n_embd], wk and wv [n_kv_heads * head_dim, n_embd],
- * wo [n_embd, n_heads * head_dim], gate and up [n_ff, n_embd], down [n_embd, n_ff]. */
+/* One transformer layer. wq [n_heads * head_dim, n_embd], wk and wv [n_kv_heads * head_dim,
+ * n_embd], wo [n_embd, n_heads * head_dim], gate and up [n_ff, n_embd], down [n_embd, n_ff]. */
 typedef struct ibid_layer {
     ibid_tensor attn_norm, wq, wk, wv, wo;
     ibid_tensor ffn_norm, gate, up, down;
 } ibid_layer;
 
-/* RoPE as GGUF's llama architecture means it ("norm" pairing: dimensions 2i and 2i+1 turn together).
- * freq[i] = theta^(-2i/n_rot) / factor[i], factor from rope_freqs.weight where present, all divided by
- * the linear scaling factor where present. */
+/* RoPE as GGUF's llama architecture means it ("norm" pairing: dimensions 2i and 2i+1 turn
+ * together). freq[i] = theta^(-2i/n_rot) / factor[i], factor from rope_freqs.weight where present,
+ * all divided by the linear scaling factor where present. */
 typedef struct ibid_rope {
     size_t n_rot;      /* dimensions rotated, <= head_dim, even */
     const float *freq; /* [n_rot / 2], radians per position */
@@ -42,11 +42,11 @@ typedef struct ibid_model {
     uint64_t file_bytes;
 } ibid_model;
 
-/* Maps and checks the file: magic, version, counts, every offset and size against the file's length,
- * every tensor's shape against the hyper-parameters. A known fingerprint may be passed to skip hashing
- * the file (NULL: hash it). Caller closes.
- * Errors: NOTFOUND, IO, CORRUPT (truncated or lying file; the detail says which field), NOTSUP (an
- * architecture, tensor type, RoPE scaling or tokenizer this build does not read, by name). */
+/* Maps and checks the file: magic, version, counts, every offset and size against the file's
+ * length, every tensor's shape against the hyper-parameters. A known fingerprint may be passed to
+ * skip hashing the file (NULL: hash it). Caller closes. Errors: NOTFOUND, IO, CORRUPT (truncated or
+ * lying file; the detail says which field), NOTSUP (an architecture, tensor type, RoPE scaling or
+ * tokenizer this build does not read, by name). */
 ibid_err ibid_model_open(const char *path, const ibid_hash *fingerprint, ibid_model **out);
 void ibid_model_close(ibid_model *m);
 #endif
