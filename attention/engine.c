@@ -1,0 +1,471 @@
+#include "attention/engine_internal.h"
+
+#include <math.h>
+#include <string.h>
+
+enum {
+    LOGIT_ROWS = 16, /* rows of several steps that meet the output head together */
+    ALIGN = 64
+};
+
+/* ---- Opening ---- */
+
+/* Carves arrays out of one block: called once without a block to learn its size, then with it. */
+typedef struct carver {
+    uint8_t *base;
+    size_t used;
+    bool ok;
+} carver;
+
+static void *carve(carver *c, size_t n, size_t size) {
+    size_t bytes = 0, end = 0;
+    if (!ibid_mul_size(n, size, &bytes) || !ibid_add_size(c->used, bytes, &end) ||
+        end > SIZE_MAX - ALIGN) {
+        c->ok = false;
+        return NULL;
+    }
+    void *p = c->base ? c->base + c->used : NULL;
+    c->used = ibid_align_up(end, ALIGN);
+    return p;
+}
+
+static size_t max_size(size_t a, size_t b) {
+    return a > b ? a : b;
+}
+
+static size_t matmul_bytes(const ibid_engine *e) {
+    size_t cols = max_size(max_size(e->m->n_embd, e->m->n_ff), e->q_dim);
+    return max_size(e->k->matmul_scratch(cols, 1), e->k->matmul_scratch(cols, IBIDI_CHUNK));
+}
+
+static void carve_threads(ibid_engine *e, carver *c) {
+    size_t n = e->tile_rows * e->group, dim = e->m->head_dim, bytes = matmul_bytes(e);
+    for (size_t i = 0; i < e->n_threads; i++) {
+        ibidi_thread *t = &e->threads[i];
+        t->matmul = carve(c, bytes, 1);
+        t->q = carve(c, n * dim, sizeof *t->q);
+        t->q_turned = carve(c, n * dim, sizeof *t->q_turned);
+        t->acc = carve(c, n * dim, sizeof *t->acc);
+        t->lse = carve(c, n, sizeof *t->lse);
+        t->state = carve(c, n, sizeof *t->state);
+        t->visible = carve(c, n, sizeof *t->visible);
+    }
+}
+
+static void carve_rows(ibid_engine *e, carver *c, size_t n) {
+    const ibid_model *m = e->m;
+    ibidi_rows *r = &e->rows;
+    r->x = carve(c, n, m->n_embd * sizeof(float));
+    r->h = carve(c, n, e->wide * sizeof(float));
+    r->q = carve(c, n, e->wide * sizeof(float));
+    r->k = carve(c, n, e->kv_dim * sizeof(float));
+    r->v = carve(c, n, e->kv_dim * sizeof(float));
+    r->gate = carve(c, n, m->n_ff * sizeof(float));
+    r->up = carve(c, n, m->n_ff * sizeof(float));
+    r->cos = carve(c, n, m->rope.n_rot / 2 * sizeof(float));
+    r->sin = carve(c, n, m->rope.n_rot / 2 * sizeof(float));
+    r->lse = carve(c, n, m->n_heads * sizeof(float));
+}
+
+static ibid_err open_threads(ibid_engine *e) {
+    carver c = {.ok = true};
+    e->threads = ibid_calloc(e->n_threads, sizeof *e->threads);
+    if (!e->threads) return ibid_fail(IBID_NOMEM, "no memory for an engine");
+    carve_threads(e, &c);
+    if (c.ok) e->thread_block = ibid_alloc_aligned(ALIGN, c.used);
+    if (!e->thread_block) return ibid_fail(IBID_NOMEM, "no memory for an engine's threads");
+    c = (carver){.base = e->thread_block, .ok = true};
+    carve_threads(e, &c);
+    return IBID_OK;
+}
+
+/* The model reader bounds each dimension; their products are checked here, once. */
+static ibid_err plan_shape(ibid_engine *e) {
+    const ibid_model *m = e->m;
+    size_t page;
+    e->group = m->n_heads / m->n_kv_heads;
+    e->tile_rows = e->group < IBIDI_TILE ? IBIDI_TILE / e->group : 1;
+    e->scale = (float)(1 / sqrt((double)m->head_dim));
+    if (!ibid_mul_size(m->n_heads, m->head_dim, &e->q_dim) ||
+        !ibid_mul_size(m->n_layers * m->n_kv_heads, m->head_dim, &page) ||
+        !ibid_mul_size(page, 2 * IBIDI_PAGE, &e->page_floats) || e->page_floats > SIZE_MAX / 8)
+        return ibid_fail(IBID_NOMEM, "the model's KV is too large for this machine");
+    e->kv_dim = m->n_kv_heads * m->head_dim;
+    e->wide = max_size(e->q_dim, m->n_embd);
+    return IBID_OK;
+}
+
+ibid_err ibid_engine_open(const ibid_model *m, const ibid_engine_opts *o, ibid_engine **out) {
+    ibid_err err;
+    ibid_engine *e = ibid_calloc(1, sizeof *e);
+    if (!e) return ibid_fail(IBID_NOMEM, "no memory for an engine");
+    e->m = m;
+    if ((err = plan_shape(e)) || (err = ibid_kernels_get(o ? o->kernels : NULL, &e->k)) ||
+        (err = ibid_pool_open(o ? o->n_threads : 0, &e->pool)))
+        goto done;
+    e->n_threads = ibid_pool_size(e->pool);
+    if ((err = open_threads(e))) goto done;
+    *out = e;
+    e = NULL;
+done:
+    ibid_engine_close(e);
+    return err;
+}
+
+void ibid_engine_close(ibid_engine *e) {
+    if (!e) return;
+    ibid_pool_close(e->pool);
+    ibid_free(e->threads);
+    ibid_free(e->thread_block);
+    ibid_free(e->row_block);
+    ibid_free(e->logits);
+    ibid_free(e->pieces);
+    ibid_free(e->partial_state);
+    ibid_free(e->partial_acc);
+    ibid_free(e);
+}
+
+const ibid_model *ibid_engine_model(const ibid_engine *e) {
+    return e->m;
+}
+
+/* ---- Checking and scratch ---- */
+
+static ibid_err check_rows(const ibid_model *m, const ibid_step *s) {
+    const ibid_seq *q = s->seq;
+    for (size_t i = 0; i < s->n; i++) {
+        if (s->tokens[i] < 0 || (size_t)s->tokens[i] >= m->n_vocab)
+            return ibid_fail(IBID_INVAL, "token %d is not one of the model's %zu", s->tokens[i],
+                             m->n_vocab);
+        bool first = i == 0 && q->n_live == 0;
+        uint32_t before = i ? s->positions[i - 1] : first ? 0 : q->positions[q->n_live - 1];
+        if (!first && s->positions[i] <= before)
+            return ibid_fail(IBID_INVAL, "position %u after %u; positions must ascend",
+                             s->positions[i], before);
+    }
+    if (s->n && s->positions[s->n - 1] >= m->n_ctx)
+        return ibid_fail(IBID_CONTEXT, "%llu positions are needed; the model's context has %zu",
+                         (unsigned long long)s->positions[s->n - 1] + 1, m->n_ctx);
+    return IBID_OK;
+}
+
+static ibid_err check_step(const ibid_engine *e, const ibid_step *s) {
+    const ibid_probe *p = s->probe;
+    if (!s->seq || s->seq->engine != e || s->seq->busy)
+        return ibid_fail(IBID_INVAL, "a step's sequence is of another engine, or in two steps");
+    if (s->n_logits > s->n || (s->n_logits && !s->logits))
+        return ibid_fail(IBID_INVAL, "%zu logits of %zu rows", s->n_logits, s->n);
+    if (s->n_layers > e->m->n_layers ||
+        (s->n_layers && s->n_layers < e->m->n_layers && s->n_logits))
+        return ibid_fail(IBID_INVAL, "%zu layers of %zu, %zu logits", s->n_layers, e->m->n_layers,
+                         s->n_logits);
+    if (p && (p->row0 > s->n || p->n_rows > s->n - p->row0))
+        return ibid_fail(IBID_INVAL, "probe of rows [%zu, %zu + %zu) of %zu", p->row0, p->row0,
+                         p->n_rows, s->n);
+    return check_rows(e->m, s);
+}
+
+/* Room for n rows of activations; kept for later calls. */
+static ibid_err reserve_rows(ibid_engine *e, size_t n) {
+    carver c = {.ok = true};
+    if (n <= e->rows.room) return IBID_OK;
+    if (n > 8)
+        n = ibid_align_up(n, IBIDI_CHUNK); /* a decoding batch, or a full chunk */
+    else
+        n = 8;
+    carve_rows(e, &c, n);
+    ibid_free(e->row_block);
+    e->rows.room = 0;
+    e->row_block = c.ok ? ibid_alloc_aligned(ALIGN, c.used) : NULL;
+    if (!e->row_block) return ibid_fail(IBID_NOMEM, "no memory for %zu rows of activations", n);
+    c = (carver){.base = e->row_block, .ok = true};
+    carve_rows(e, &c, n);
+    e->rows.room = n;
+    return IBID_OK;
+}
+
+static ibid_err reserve_pieces(ibid_engine *e, size_t n) {
+    if (n <= e->piece_room) return IBID_OK;
+    ibidi_piece *p = ibid_realloc(e->pieces, n * sizeof *p);
+    if (!p) return ibid_fail(IBID_NOMEM, "no memory for %zu steps", n);
+    e->pieces = p;
+    e->piece_room = n;
+    return IBID_OK;
+}
+
+static ibid_err reserve_partials(ibid_engine *e) {
+    size_t n = ibidi_partials(e), bytes;
+    if (n <= e->partial_room) return IBID_OK;
+    ibid_free(e->partial_state);
+    ibid_free(e->partial_acc);
+    e->partial_room = 0;
+    e->partial_acc = NULL;
+    e->partial_state = ibid_calloc(n, sizeof *e->partial_state);
+    if (ibid_mul_size(n, e->m->head_dim * sizeof(float), &bytes))
+        e->partial_acc = ibid_alloc_aligned(ALIGN, ibid_align_up(bytes, ALIGN));
+    if (!e->partial_state || !e->partial_acc)
+        return ibid_fail(IBID_NOMEM, "no memory for %zu partial rows of attention", n);
+    e->partial_room = n;
+    return IBID_OK;
+}
+
+static ibid_err reserve_logits(ibid_engine *e, const ibid_step *steps, size_t n_steps) {
+    size_t n = 0;
+    for (size_t i = 0; i < n_steps; i++) n += steps[i].n_logits;
+    if (n_steps == 1 || n == 0) return IBID_OK;
+    if (n > LOGIT_ROWS) n = LOGIT_ROWS;
+    if (n <= e->logit_rows) return IBID_OK;
+    ibid_free(e->logits);
+    e->logit_rows = 0;
+    e->logits = ibid_alloc_aligned(ALIGN, n * e->m->n_vocab * sizeof *e->logits);
+    if (!e->logits) return ibid_fail(IBID_NOMEM, "no memory for %zu rows of logits", n);
+    e->logit_rows = n;
+    return IBID_OK;
+}
+
+/* ---- The layers ---- */
+
+const ibidi_piece *ibidi_piece_of(const ibid_engine *e, size_t row) {
+    size_t lo = 0, hi = e->n_pieces;
+    while (hi - lo > 1) {
+        size_t mid = lo + (hi - lo) / 2;
+        if (e->pieces[mid].at <= row)
+            lo = mid;
+        else
+            hi = mid;
+    }
+    return &e->pieces[lo];
+}
+
+static void embed_row(ibid_engine *e, size_t row, size_t layer) {
+    const ibid_model *m = e->m;
+    const ibidi_piece *p = ibidi_piece_of(e, row);
+    size_t i = p->row0 + row - p->at, half = m->rope.n_rot / 2;
+    const uint8_t *w =
+        (const uint8_t *)m->embed.data + (size_t)p->step->tokens[i] * m->embed.row_bytes;
+    (void)layer;
+    e->k->dequantize(m->embed.type, w, e->rows.x + row * m->n_embd, m->n_embd);
+    ibidi_rope_table(&m->rope, p->step->positions[i], 1, e->rows.cos + row * half,
+                     e->rows.sin + row * half);
+}
+
+/* Adds what the layer before left in q, and normalises for this one (n_layers: for the head). */
+static void start_row(ibid_engine *e, size_t row, size_t layer) {
+    const ibid_model *m = e->m;
+    const ibid_tensor *w = layer < m->n_layers ? &m->layers[layer].attn_norm : &m->output_norm;
+    float *x = e->rows.x + row * m->n_embd;
+    if (layer > 0) e->k->add(x, e->rows.q + row * e->wide, m->n_embd);
+    e->k->rmsnorm(x, w->data, m->norm_eps, e->rows.h + row * e->wide, m->n_embd);
+}
+
+static void middle_row(ibid_engine *e, size_t row, size_t layer) {
+    const ibid_model *m = e->m;
+    float *x = e->rows.x + row * m->n_embd;
+    e->k->add(x, e->rows.q + row * e->wide, m->n_embd);
+    e->k->rmsnorm(x, m->layers[layer].ffn_norm.data, m->norm_eps, e->rows.h + row * e->wide,
+                  m->n_embd);
+}
+
+static void store_row(ibid_engine *e, size_t row, size_t layer) {
+    const ibid_model *m = e->m;
+    const ibidi_piece *p = ibidi_piece_of(e, row);
+    size_t dim = m->head_dim, half = m->rope.n_rot / 2;
+    size_t live = p->seq->base + p->row0 + row - p->at;
+    float *k = e->rows.k + row * e->kv_dim;
+    const float *v = e->rows.v + row * e->kv_dim;
+    e->k->rope(k, m->n_kv_heads, dim, m->rope.n_rot, e->rows.cos + row * half,
+               e->rows.sin + row * half);
+    for (size_t h = 0; h < m->n_kv_heads; h++) {
+        float *to = ibidi_page_keys(p->seq, live / IBIDI_PAGE, layer, h) + live % IBIDI_PAGE * dim;
+        memcpy(to, k + h * dim, dim * sizeof *to);
+        memcpy(to + IBIDI_PAGE * dim, v + h * dim, dim * sizeof *to);
+    }
+}
+
+static void turn_row(ibid_engine *e, size_t row, size_t layer) {
+    const ibid_model *m = e->m;
+    size_t half = m->rope.n_rot / 2;
+    float *q = e->rows.q + row * e->wide;
+    (void)layer;
+    e->k->rope(q, m->n_heads, m->head_dim, m->rope.n_rot, e->rows.cos + row * half,
+               e->rows.sin + row * half);
+    for (size_t i = 0; i < e->q_dim; i++) q[i] *= e->scale;
+}
+
+/* Rows [*lo, *hi) of a step are still needed in its last layer: for logits and, before attention,
+ * for probes. */
+static void needed_rows(const ibid_step *s, bool attended, size_t *lo, size_t *hi) {
+    *lo = s->n - s->n_logits;
+    *hi = s->n;
+    if (attended || !s->probe || s->probe->n_rows == 0) return;
+    if (s->n_logits == 0) *hi = s->probe->row0 + s->probe->n_rows;
+    if (s->probe->row0 < *lo) *lo = s->probe->row0;
+}
+
+static void move_row(ibid_engine *e, size_t to, size_t from) {
+    const ibid_model *m = e->m;
+    ibidi_rows *r = &e->rows;
+    size_t half = m->rope.n_rot / 2;
+    if (to == from) return;
+    memcpy(r->x + to * m->n_embd, r->x + from * m->n_embd, m->n_embd * sizeof(float));
+    memcpy(r->h + to * e->wide, r->h + from * e->wide, e->wide * sizeof(float));
+    memcpy(r->cos + to * half, r->cos + from * half, half * sizeof(float));
+    memcpy(r->sin + to * half, r->sin + from * half, half * sizeof(float));
+}
+
+/* Drops rows whose last layer this is and which nothing needs any more. */
+static void drop_rows(ibid_engine *e, size_t layer, bool attended) {
+    size_t n_rows = 0, n_pieces = 0;
+    for (size_t i = 0; i < e->n_pieces; i++) {
+        ibidi_piece p = e->pieces[i];
+        size_t lo = p.row0, hi = p.row0 + p.n, from;
+        if (p.n_layers == layer + 1) needed_rows(p.step, attended, &lo, &hi);
+        if (lo < p.row0) lo = p.row0;
+        if (hi > p.row0 + p.n) hi = p.row0 + p.n;
+        if (lo >= hi) continue;
+        from = p.at + lo - p.row0;
+        p.n = hi - lo;
+        p.row0 = lo;
+        p.at = n_rows;
+        for (size_t r = 0; r < p.n; r++) move_row(e, n_rows++, from + r);
+        e->pieces[n_pieces++] = p;
+    }
+    e->n_pieces = n_pieces;
+    e->n_rows = n_rows;
+}
+
+static bool layer_ends(const ibid_engine *e, size_t layer) {
+    for (size_t i = 0; i < e->n_pieces; i++) {
+        if (e->pieces[i].n_layers == layer + 1) return true;
+    }
+    return false;
+}
+
+static void run_layer(ibid_engine *e, size_t layer) {
+    const ibid_layer *w = &e->m->layers[layer];
+    ibidi_rows *r = &e->rows;
+    bool ends = layer_ends(e, layer);
+    ibidi_out qkv[] = {
+        {&w->wk, r->k, e->kv_dim}, {&w->wv, r->v, e->kv_dim}, {&w->wq, r->q, e->wide}};
+    ibidi_out wo = {&w->wo, r->q, e->wide}, down = {&w->down, r->q, e->wide};
+    ibidi_out ffn[] = {{&w->gate, r->gate, e->m->n_ff}, {&w->up, r->up, e->m->n_ff}};
+
+    ibidi_each_row(e, e->n_rows, start_row, layer);
+    ibidi_linear(e, r->h, e->wide, e->n_rows, qkv, ends ? 2 : 3, false);
+    ibidi_each_row(e, e->n_rows, store_row, layer);
+    if (ends) {
+        drop_rows(e, layer, false);
+        ibidi_linear(e, r->h, e->wide, e->n_rows, &qkv[2], 1, false);
+    }
+    if (e->n_rows == 0) return;
+    ibidi_each_row(e, e->n_rows, turn_row, layer);
+    ibidi_attend(e, layer);
+    if (ends) drop_rows(e, layer, true);
+    if (e->n_rows == 0) return;
+    ibidi_linear(e, r->h, e->wide, e->n_rows, &wo, 1, false);
+    ibidi_each_row(e, e->n_rows, middle_row, layer);
+    ibidi_linear(e, r->h, e->wide, e->n_rows, ffn, 2, true);
+    ibidi_linear(e, r->gate, e->m->n_ff, e->n_rows, &down, 1, false);
+}
+
+static float *logits_of(const ibid_engine *e, size_t row) {
+    const ibidi_piece *p = ibidi_piece_of(e, row);
+    const ibid_step *s = p->step;
+    return s->logits + (p->row0 + row - p->at - (s->n - s->n_logits)) * e->m->n_vocab;
+}
+
+/* All rows left have their logits wanted. */
+static void run_head(ibid_engine *e) {
+    size_t n_vocab = e->m->n_vocab;
+    ibidi_out head = {&e->m->output, NULL, n_vocab};
+    ibidi_each_row(e, e->n_rows, start_row, e->m->n_layers);
+    if (e->n_pieces == 1) { /* its logits lie side by side */
+        head.y = logits_of(e, 0);
+        ibidi_linear(e, e->rows.h, e->wide, e->n_rows, &head, 1, false);
+        return;
+    }
+    head.y = e->logits;
+    for (size_t i = 0; i < e->n_rows; i += e->logit_rows) {
+        size_t n = e->n_rows - i < e->logit_rows ? e->n_rows - i : e->logit_rows;
+        ibidi_linear(e, e->rows.h + i * e->wide, e->wide, n, &head, 1, false);
+        for (size_t j = 0; j < n; j++) {
+            memcpy(logits_of(e, i + j), e->logits + j * n_vocab, n_vocab * sizeof *e->logits);
+        }
+    }
+}
+
+static ibid_err run_chunk(ibid_engine *e, const atomic_bool *cancel) {
+    ibidi_each_row(e, e->n_rows, embed_row, 0);
+    for (size_t layer = 0; e->n_rows && layer < e->m->n_layers; layer++) {
+        if (cancel && atomic_load_explicit(cancel, memory_order_relaxed))
+            return ibid_fail(IBID_CANCELLED, "cancelled before layer %zu", layer);
+        run_layer(e, layer);
+    }
+    if (e->n_rows) run_head(e);
+    return IBID_OK;
+}
+
+/* ---- Steps ---- */
+
+/* Takes up to IBIDI_CHUNK rows from (*step, *row) on as the next chunk. */
+static void next_chunk(ibid_engine *e, ibid_step *steps, size_t n_steps, size_t *step,
+                       size_t *row) {
+    e->n_pieces = e->n_rows = 0;
+    while (*step < n_steps && e->n_rows < IBIDI_CHUNK) {
+        ibid_step *s = &steps[*step];
+        size_t left = s->n - *row, n = IBIDI_CHUNK - e->n_rows;
+        if (n > left) n = left;
+        if (n) {
+            ibidi_piece *p = &e->pieces[e->n_pieces++];
+            *p = (ibidi_piece){.step = s, .seq = s->seq, .row0 = *row, .n = n, .at = e->n_rows};
+            p->n_layers = s->n_layers ? s->n_layers : e->m->n_layers;
+            p->end = s->seq->base + *row + n;
+            ibidi_plan_splits(e, p);
+        }
+        e->n_rows += n;
+        *row += n;
+        if (*row < s->n) break;
+        (*step)++;
+        *row = 0;
+    }
+}
+
+static ibid_err run_steps(ibid_engine *e, ibid_step *steps, size_t n_steps,
+                          const atomic_bool *cancel) {
+    size_t step = 0, row = 0;
+    ibid_err err = IBID_OK;
+    while (!err && step < n_steps) {
+        next_chunk(e, steps, n_steps, &step, &row);
+        if (e->n_rows == 0) break;
+        if (!(err = reserve_partials(e))) err = run_chunk(e, cancel);
+    }
+    return err;
+}
+
+ibid_err ibid_engine_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,
+                             const atomic_bool *cancel) {
+    ibid_err err = IBID_OK;
+    size_t n_rows = 0, n_entered = 0;
+    for (; n_entered < n_steps; n_entered++) {
+        ibid_step *s = &steps[n_entered];
+        if ((err = check_step(e, s))) goto done;
+        s->seq->busy = true;
+        s->seq->base = s->seq->n_live;
+        n_rows += s->n;
+    }
+    for (size_t i = 0; i < n_steps; i++) {
+        if ((err = ibidi_seq_reserve(steps[i].seq, steps[i].seq->n_live + steps[i].n))) goto done;
+    }
+    if ((err = reserve_rows(e, n_rows < IBIDI_CHUNK ? n_rows : IBIDI_CHUNK)) ||
+        (err = reserve_pieces(e, n_steps < IBIDI_CHUNK ? n_steps : IBIDI_CHUNK)) ||
+        (err = reserve_logits(e, steps, n_steps)) || (err = run_steps(e, steps, n_steps, cancel)))
+        goto done;
+    for (size_t i = 0; i < n_steps; i++) {
+        ibid_seq *s = steps[i].seq;
+        memcpy(s->positions + s->n_live, steps[i].positions, steps[i].n * sizeof *s->positions);
+        s->n_live += steps[i].n;
+    }
+done:
+    for (size_t i = 0; i < n_entered; i++) steps[i].seq->busy = false;
+    return err;
+}

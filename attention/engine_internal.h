@@ -1,0 +1,141 @@
+/* What the engine's files share. The forward pass goes chunk by chunk: up to IBIDI_CHUNK rows of
+ * all steps travel through all layers together, so that scratch is bounded and weights serve many
+ * rows.
+ *
+ * engine.c          opening, checking, scratch, the layers in order, the output head
+ * engine_linear.c   weights times activations, split into parts for the pool
+ * engine_attend.c   attention of a chunk over segments and live rows; attention mass
+ * engine_seq.c      sequences: segments, pages of live KV, export */
+#ifndef IBID_ATTENTION_ENGINE_INTERNAL_H
+#define IBID_ATTENTION_ENGINE_INTERNAL_H
+
+#include "attention/engine.h"
+#include "attention/kernels/pool.h"
+#include "rpc/base/mem.h"
+
+enum {
+    IBIDI_CHUNK = 512, /* rows that pass the layers together */
+    IBIDI_PAGE = 64,   /* live tokens per page: the kernels' key tile, a word of a mask */
+    IBIDI_TILE = 96,   /* query rows (rows x heads of a kv head) an attention part takes */
+    IBIDI_SPLIT = 512, /* least tokens of a split of a long context */
+    IBIDI_SPLITS_MAX = 32,
+    IBIDI_FEW_TASKS = 16 /* a step with fewer attention parts than this has its context split */
+};
+
+/* A segment in a sequence. cos and -sin of its offset turn a query back by it; NULL if it is 0. */
+typedef struct ibidi_seg {
+    ibid_segment s;
+    uint64_t start; /* global position of its first token */
+    size_t n_tokens;
+    float *cos, *sin;
+} ibidi_seg;
+
+/* Live KV lies in pages of IBIDI_PAGE tokens over all layers: [layer][kv head][K, V][token][dim],
+ * so that growing copies nothing and each (page, layer, head) is a view of its own. */
+struct ibid_seq {
+    ibid_engine *engine;
+    ibidi_seg *segs;
+    size_t n_segs, seg_room, n_stored; /* n_stored: tokens of all segments */
+    uint64_t end;                      /* one past the last stored global position */
+    float **pages;
+    size_t n_pages, page_room;
+    uint32_t *positions; /* [n_live], ascending */
+    size_t n_live, live_room;
+    size_t base; /* live rows before the running forward */
+    bool busy;   /* part of the running forward */
+};
+
+/* The rows of one step that are in the chunk: rows [row0, row0 + n) of the step lie at [at, at + n)
+ * of the chunk. They shrink in the step's last layer to those still needed. */
+typedef struct ibidi_piece {
+    ibid_step *step;
+    ibid_seq *seq;
+    size_t row0, n, at, n_layers;
+    size_t end;      /* live rows of the sequence once this chunk is stored */
+    size_t n_splits; /* of the context; 1: none */
+    size_t split;    /* tokens in a split */
+    size_t task0;    /* its first attention task in the chunk */
+    size_t partial0; /* its first row state among the chunk's partial ones */
+} ibidi_piece;
+
+typedef struct ibidi_thread {
+    void *matmul;              /* the kernels' scratch */
+    float *q, *q_turned, *acc; /* [tile_rows * group, head_dim] */
+    float *lse;                /* [tile_rows * group] */
+    ibid_attn_state *state;
+    uint32_t *visible;
+} ibidi_thread;
+
+/* Activations of a chunk; all row-major, ld in floats. */
+typedef struct ibidi_rows {
+    float *x;         /* [n_embd] the residual stream */
+    float *h;         /* [wide] the normalised input, then attention's output */
+    float *q;         /* [wide] queries, rotated and scaled; then what is added to x */
+    float *k, *v;     /* [n_kv_heads * head_dim] */
+    float *gate, *up; /* [n_ff] */
+    float *cos, *sin; /* [n_rot / 2] of the row's position */
+    float *lse;       /* [n_heads] */
+    size_t room;      /* rows there is space for */
+} ibidi_rows;
+
+struct ibid_engine {
+    const ibid_model *m;
+    const ibid_kernels *k;
+    ibid_pool *pool;
+    size_t n_threads, group, q_dim, kv_dim, wide, tile_rows;
+    float scale; /* 1 / sqrt(head_dim) */
+    size_t page_floats;
+
+    ibidi_thread *threads;
+    void *thread_block;
+
+    ibidi_rows rows;
+    void *row_block;
+    float *logits; /* [logit_rows, n_vocab] for batches of steps */
+    size_t logit_rows;
+    ibidi_piece *pieces;
+    size_t n_pieces, piece_room;
+    size_t n_rows; /* rows of the chunk now */
+    ibid_attn_state *partial_state;
+    float *partial_acc;
+    size_t partial_room; /* row states */
+};
+
+/* cos and sin of position * freq, in double, rounded to float; sin times sign. */
+void ibidi_rope_table(const ibid_rope *r, uint64_t position, float sign, float *cos, float *sin);
+
+/* The piece that holds a row of the chunk. No piece is empty. */
+const ibidi_piece *ibidi_piece_of(const ibid_engine *e, size_t row);
+
+/* engine_seq.c */
+/* Room for n live rows; the sequence is unchanged otherwise. */
+ibid_err ibidi_seq_reserve(ibid_seq *s, size_t n);
+/* K of a live row's page at (layer, kv head), [IBIDI_PAGE, head_dim]; V follows it. */
+static inline float *ibidi_page_keys(const ibid_seq *s, size_t page, size_t layer, size_t head) {
+    const ibid_model *m = s->engine->m;
+    return s->pages[page] + (layer * m->n_kv_heads + head) * 2 * IBIDI_PAGE * m->head_dim;
+}
+
+/* engine_linear.c */
+typedef struct ibidi_out {
+    const ibid_tensor *w;
+    float *y;
+    size_t ldy;
+} ibidi_out;
+/* y[o][i, :] = w[o] x[i, :] for i < n; up to 3 matrices with the same input. swiglu: the first two
+ * are gate and up, and gate becomes silu(gate) * up. */
+void ibidi_linear(ibid_engine *e, const float *x, size_t ldx, size_t n, const ibidi_out *o,
+                  size_t n_out, bool swiglu);
+/* Calls fn(e, row) for rows [0, n), on the pool when there are many. */
+void ibidi_each_row(ibid_engine *e, size_t n, void (*fn)(ibid_engine *e, size_t row, size_t layer),
+                    size_t layer);
+
+/* engine_attend.c */
+/* How a step's context is split: a property of the step alone, so that a result does not depend on
+ * what else is in the batch. */
+void ibidi_plan_splits(const ibid_engine *e, ibidi_piece *p);
+/* Row states that the pieces' partial results take. */
+size_t ibidi_partials(ibid_engine *e);
+/* Attention of all rows of the chunk: rows.q -> rows.h, then probes. */
+void ibidi_attend(ibid_engine *e, size_t layer);
+#endif

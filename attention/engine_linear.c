@@ -1,0 +1,79 @@
+/* Linear layers on the pool: a part is some weight rows times some rows of x. */
+#include "attention/engine_internal.h"
+
+enum {
+    PANEL = 64,     /* weight rows of a part: what the kernels unpack at once */
+    PANEL_FEW = 32, /* when weights are streamed for few rows of x */
+    FEW = 4,
+    LEAST_ROWS = 64, /* of x, in a part: below, unpacking weights would weigh too much */
+    PARTS_PER_THREAD = 8,
+    ROWS_PER_PART = 8
+};
+
+typedef struct linear_job {
+    ibid_engine *e;
+    const float *x;
+    size_t ldx, n;
+    const ibidi_out *out;
+    bool swiglu;
+    size_t panel, n_cuts; /* of x's rows */
+} linear_job;
+
+static void linear_part(void *arg, size_t part, size_t thread) {
+    const linear_job *j = arg;
+    const ibid_kernels *k = j->e->k;
+    void *scratch = j->e->threads[thread].matmul;
+    size_t cut = part % j->n_cuts, panel = part / j->n_cuts, o = 0;
+    size_t i0 = j->n * cut / j->n_cuts, n = j->n * (cut + 1) / j->n_cuts - i0;
+    for (;; o++) { /* which matrix, which of its panels */
+        size_t n_panels = (j->out[o].w->rows + j->panel - 1) / j->panel;
+        if (panel < n_panels) break;
+        panel -= n_panels;
+    }
+    size_t r0 = panel * j->panel, rows = j->out[o].w->rows, r1 = r0 + j->panel;
+    if (r1 > rows) r1 = rows;
+    const float *x = j->x + i0 * j->ldx;
+    for (size_t w = o; w <= o + j->swiglu; w++) {
+        const ibidi_out *out = &j->out[w];
+        k->matmul(out->w, r0, r1, x, j->ldx, n, out->y + i0 * out->ldy, out->ldy, scratch);
+    }
+    if (!j->swiglu) return;
+    for (size_t i = i0; i < i0 + n; i++) {
+        k->swiglu(j->out[0].y + i * j->out[0].ldy + r0, j->out[1].y + i * j->out[1].ldy + r0,
+                  r1 - r0);
+    }
+}
+
+void ibidi_linear(ibid_engine *e, const float *x, size_t ldx, size_t n, const ibidi_out *o,
+                  size_t n_out, bool swiglu) {
+    linear_job j = {.e = e, .x = x, .ldx = ldx, .n = n, .out = o, .swiglu = swiglu, .n_cuts = 1};
+    size_t n_panels = 0, want = PARTS_PER_THREAD * e->n_threads;
+    if (n == 0) return;
+    j.panel = n <= FEW ? PANEL_FEW : PANEL;
+    for (size_t i = 0; i < (swiglu ? 1 : n_out); i++) {
+        n_panels += (o[i].w->rows + j.panel - 1) / j.panel;
+    }
+    if (e->n_threads > 1) {
+        while (n_panels * j.n_cuts < want && n / (j.n_cuts + 1) >= LEAST_ROWS) j.n_cuts++;
+    }
+    ibid_pool_run(e->pool, n_panels * j.n_cuts, linear_part, &j);
+}
+
+typedef struct row_job {
+    ibid_engine *e;
+    size_t n, layer;
+    void (*fn)(ibid_engine *e, size_t row, size_t layer);
+} row_job;
+
+static void row_part(void *arg, size_t part, size_t thread) {
+    const row_job *j = arg;
+    (void)thread;
+    size_t end = (part + 1) * ROWS_PER_PART;
+    for (size_t i = part * ROWS_PER_PART; i < end && i < j->n; i++) j->fn(j->e, i, j->layer);
+}
+
+void ibidi_each_row(ibid_engine *e, size_t n, void (*fn)(ibid_engine *e, size_t row, size_t layer),
+                    size_t layer) {
+    row_job j = {.e = e, .n = n, .layer = layer, .fn = fn};
+    ibid_pool_run(e->pool, (n + ROWS_PER_PART - 1) / ROWS_PER_PART, row_part, &j);
+}

@@ -1,0 +1,222 @@
+#include "attention/engine_internal.h"
+
+#include <math.h>
+#include <string.h>
+
+void ibidi_rope_table(const ibid_rope *r, uint64_t position, float sign, float *c, float *s) {
+    for (size_t i = 0; i < r->n_rot / 2; i++) {
+        double angle = (double)position * (double)r->freq[i];
+        c[i] = (float)cos(angle);
+        s[i] = sign * (float)sin(angle);
+    }
+}
+
+/* Makes room for n elements of size bytes, at least doubling. */
+static ibid_err grow(void **p, size_t *room, size_t n, size_t size) {
+    size_t want = *room * 2 > n ? *room * 2 : n, bytes;
+    if (n <= *room) return IBID_OK;
+    if (!ibid_mul_size(want, size, &bytes)) return ibid_fail(IBID_NOMEM, "a sequence is too long");
+    void *q = ibid_realloc(*p, bytes);
+    if (!q) return ibid_fail(IBID_NOMEM, "no memory for a sequence of %zu rows", n);
+    *p = q;
+    *room = want;
+    return IBID_OK;
+}
+
+ibid_err ibidi_seq_reserve(ibid_seq *s, size_t n) {
+    size_t n_pages = n / IBIDI_PAGE + (n % IBIDI_PAGE != 0);
+    ibid_err err = grow((void **)&s->positions, &s->live_room, n, sizeof *s->positions);
+    if (!err) err = grow((void **)&s->pages, &s->page_room, n_pages, sizeof *s->pages);
+    while (!err && s->n_pages < n_pages) {
+        float *page = ibid_alloc_aligned(64, s->engine->page_floats * sizeof *page);
+        if (!page) {
+            err = ibid_fail(IBID_NOMEM, "no memory for the KV of %zu rows (%zu bytes each)", n,
+                            s->engine->page_floats * sizeof *page / IBIDI_PAGE);
+        } else {
+            s->pages[s->n_pages++] = page;
+        }
+    }
+    return err;
+}
+
+ibid_err ibid_seq_open(ibid_engine *e, size_t live_hint, ibid_seq **out) {
+    ibid_err err;
+    ibid_seq *s = ibid_calloc(1, sizeof *s);
+    if (!s) return ibid_fail(IBID_NOMEM, "no memory for a sequence");
+    s->engine = e;
+    if (live_hint > e->m->n_ctx) live_hint = e->m->n_ctx;
+    if ((err = ibidi_seq_reserve(s, live_hint))) goto done;
+    *out = s;
+    s = NULL;
+done:
+    ibid_seq_close(s);
+    return err;
+}
+
+void ibid_seq_close(ibid_seq *s) {
+    if (!s) return;
+    for (size_t i = 0; i < s->n_pages; i++) ibid_free(s->pages[i]);
+    for (size_t i = 0; i < s->n_segs; i++) ibid_free(s->segs[i].cos);
+    ibid_free(s->pages);
+    ibid_free(s->segs);
+    ibid_free(s->positions);
+    ibid_free(s);
+}
+
+static ibid_err check_views(const ibid_model *m, const ibid_kv_view *layers) {
+    for (size_t l = 0; l < m->n_layers; l++) {
+        const ibid_kv_view *v = &layers[l];
+        if (v->n_kv_heads != m->n_kv_heads || v->head_dim != m->head_dim ||
+            v->n_tokens != layers[0].n_tokens)
+            return ibid_fail(IBID_INVAL,
+                             "stored KV of layer %zu has %zu tokens, %zu heads of %zu; the model "
+                             "has %zu heads of %zu and layer 0 has %zu tokens",
+                             l, v->n_tokens, v->n_kv_heads, v->head_dim, m->n_kv_heads, m->head_dim,
+                             layers[0].n_tokens);
+        bool scaled = v->type == IBID_KV_Q8_0;
+        if (!v->k || !v->v || (scaled && (!v->k_scale || !v->v_scale || v->head_dim % 32)))
+            return ibid_fail(IBID_INVAL, "stored KV of layer %zu lacks a plane", l);
+    }
+    return IBID_OK;
+}
+
+ibid_err ibid_seq_add_segment(ibid_seq *s, const ibid_segment *g) {
+    const ibid_model *m = s->engine->m;
+    ibidi_seg p = {.s = *g, .start = g->local0 + g->offset, .n_tokens = g->layers[0].n_tokens};
+    ibid_err err = check_views(m, g->layers);
+    if (err) return err;
+    if (s->n_live)
+        return ibid_fail(IBID_INVAL, "a segment after %zu live rows; add segments first",
+                         s->n_live);
+    if (p.start < g->offset || p.start < s->end || p.n_tokens == 0)
+        return ibid_fail(IBID_INVAL,
+                         "a segment of %zu tokens at position %llu, after position %llu",
+                         p.n_tokens, (unsigned long long)p.start, (unsigned long long)s->end);
+    if (p.start > m->n_ctx || p.n_tokens > m->n_ctx - p.start)
+        return ibid_fail(IBID_CONTEXT,
+                         "stored tokens up to position %llu; the model's context is %zu",
+                         (unsigned long long)p.start + p.n_tokens, m->n_ctx);
+    if ((err = grow((void **)&s->segs, &s->seg_room, s->n_segs + 1, sizeof *s->segs))) return err;
+    if (g->offset) {
+        p.cos = ibid_alloc(m->rope.n_rot * sizeof *p.cos);
+        if (!p.cos) return ibid_fail(IBID_NOMEM, "no memory for a segment");
+        p.sin = p.cos + m->rope.n_rot / 2;
+        ibidi_rope_table(&m->rope, g->offset, -1, p.cos, p.sin);
+    }
+    s->segs[s->n_segs++] = p;
+    s->end = p.start + p.n_tokens;
+    s->n_stored += p.n_tokens;
+    return IBID_OK;
+}
+
+size_t ibid_seq_live_count(const ibid_seq *s) {
+    return s->n_live;
+}
+
+void ibid_seq_truncate(ibid_seq *s, size_t count) {
+    if (count < s->n_live) s->n_live = count;
+}
+
+static ibid_err check_rows(const ibid_seq *s, size_t layer, size_t row0, size_t n) {
+    if (layer < s->engine->m->n_layers && row0 <= s->n_live && n <= s->n_live - row0)
+        return IBID_OK;
+    return ibid_fail(IBID_INVAL, "rows [%zu, %zu + %zu) at layer %zu of %zu live rows", row0, row0,
+                     n, layer, s->n_live);
+}
+
+typedef struct planes {
+    const ibid_kv_view *view;
+    bool values;
+} planes;
+
+/* One token of one head into the K or V plane. */
+static void put_row(const ibid_kernels *k, planes p, size_t head, size_t token, const float *src) {
+    const ibid_kv_view *v = p.view;
+    static const size_t width[] = {[IBID_KV_F32] = 4, [IBID_KV_F16] = 2, [IBID_KV_Q8_0] = 1};
+    size_t at = (head * v->n_tokens + token) * v->head_dim;
+    /* The caller prepared writable planes; views are const because readers share them. */
+    uint8_t *plane = (uint8_t *)(uintptr_t)(p.values ? v->v : v->k);
+    uint16_t *scale = (uint16_t *)(uintptr_t)(p.values ? v->v_scale : v->k_scale);
+    k->kv_pack(v->type, src, v->head_dim, plane + at * width[v->type],
+               v->type == IBID_KV_Q8_0 ? scale + at / 32 : NULL);
+}
+
+ibid_err ibid_seq_export(const ibid_seq *s, size_t layer, size_t row0, size_t n, uint64_t shift,
+                         const ibid_kv_view *view) {
+    const ibid_engine *e = s->engine;
+    const ibid_model *m = e->m;
+    size_t dim = m->head_dim, n_rot = m->rope.n_rot;
+    float *row = NULL;
+    ibid_err err = check_rows(s, layer, row0, n);
+    if (err) return err;
+    if (view->n_kv_heads != m->n_kv_heads || view->head_dim != dim || n > view->n_tokens ||
+        (view->type == IBID_KV_Q8_0 && dim % 32))
+        return ibid_fail(IBID_INVAL, "planes of %zu tokens, %zu heads of %zu for %zu rows",
+                         view->n_tokens, view->n_kv_heads, view->head_dim, n);
+    if (n && shift > s->positions[row0])
+        return ibid_fail(IBID_INVAL, "shift %llu of a row at position %u",
+                         (unsigned long long)shift, s->positions[row0]);
+    if (!(row = ibid_alloc((dim + n_rot) * sizeof *row)))
+        return ibid_fail(IBID_NOMEM, "no memory to export KV");
+    float *c = row + dim, *sn = c + n_rot / 2;
+    ibidi_rope_table(&m->rope, shift, -1, c, sn);
+    for (size_t h = 0; h < m->n_kv_heads; h++) {
+        for (size_t j = 0; j < n; j++) {
+            size_t r = row0 + j;
+            const float *key = ibidi_page_keys(s, r / IBIDI_PAGE, layer, h) + r % IBIDI_PAGE * dim;
+            memcpy(row, key, dim * sizeof *row);
+            if (shift) e->k->rope(row, 1, dim, n_rot, c, sn);
+            put_row(e->k, (planes){view, false}, h, j, row);
+            put_row(e->k, (planes){view, true}, h, j, key + IBIDI_PAGE * dim);
+        }
+    }
+    ibid_free(row);
+    return IBID_OK;
+}
+
+ibid_err ibid_seq_raw_keys(const ibid_seq *s, size_t layer, size_t kv_head, size_t row0, size_t n,
+                           float *out) {
+    const ibid_engine *e = s->engine;
+    const ibid_model *m = e->m;
+    size_t dim = m->head_dim, n_rot = m->rope.n_rot;
+    ibid_err err = check_rows(s, layer, row0, n);
+    if (err) return err;
+    if (kv_head >= m->n_kv_heads)
+        return ibid_fail(IBID_INVAL, "kv head %zu of %zu", kv_head, m->n_kv_heads);
+    float *c = ibid_alloc((n_rot + 1) * sizeof *c);
+    if (!c) return ibid_fail(IBID_NOMEM, "no memory for raw keys");
+    for (size_t j = 0; j < n; j++) {
+        size_t r = row0 + j;
+        const float *key =
+            ibidi_page_keys(s, r / IBIDI_PAGE, layer, kv_head) + r % IBIDI_PAGE * dim;
+        memcpy(out + j * dim, key, dim * sizeof *out);
+        ibidi_rope_table(&m->rope, s->positions[r], -1, c, c + n_rot / 2);
+        e->k->rope(out + j * dim, 1, dim, n_rot, c, c + n_rot / 2);
+    }
+    ibid_free(c);
+    return IBID_OK;
+}
+
+ibid_err ibid_engine_stored_keys(const ibid_engine *e, const ibid_kv_view *kv, uint64_t local0,
+                                 size_t kv_head, float *out) {
+    const ibid_model *m = e->m;
+    size_t dim = m->head_dim, n_rot = m->rope.n_rot;
+    if (kv_head >= m->n_kv_heads || kv->n_kv_heads != m->n_kv_heads || kv->head_dim != dim)
+        return ibid_fail(IBID_INVAL,
+                         "kv head %zu of stored KV of %zu heads of %zu; the model has "
+                         "%zu of %zu",
+                         kv_head, kv->n_kv_heads, kv->head_dim, m->n_kv_heads, dim);
+    static const size_t width[] = {[IBID_KV_F32] = 4, [IBID_KV_F16] = 2, [IBID_KV_Q8_0] = 1};
+    size_t at = kv_head * kv->n_tokens * dim;
+    float *c = ibid_alloc((n_rot + 1) * sizeof *c);
+    if (!c) return ibid_fail(IBID_NOMEM, "no memory for raw keys");
+    e->k->kv_unpack(kv->type, (const uint8_t *)kv->k + at * width[kv->type],
+                    kv->type == IBID_KV_Q8_0 ? kv->k_scale + at / 32 : NULL, kv->n_tokens * dim,
+                    out);
+    for (size_t j = 0; j < kv->n_tokens; j++) {
+        ibidi_rope_table(&m->rope, local0 + j, -1, c, c + n_rot / 2);
+        e->k->rope(out + j * dim, 1, dim, n_rot, c, c + n_rot / 2);
+    }
+    ibid_free(c);
+    return IBID_OK;
+}
