@@ -78,6 +78,7 @@ json_t *ibidi_json_value(const ibid_val *v) {
     uint64_t u;
     int64_t i;
     double d;
+    bool b;
     if (ibid_val_is_map(v)) {
         json_t *o = json_object();
         const ibid_val *item;
@@ -94,12 +95,12 @@ json_t *ibidi_json_value(const ibid_val *v) {
             (void)json_array_append_new(a, ibidi_json_value(ibid_val_at(v, k)));
         return a;
     }
-    if (ibid_val_str(v, &s, &n)) return ibidi_json_text(s, n);
+    if (ibid_val_is_text(v) && ibid_val_str(v, &s, &n)) return ibidi_json_text(s, n);
     if (ibid_val_bin(v, &p, &n)) return json_hex(p, n);
     if (ibid_val_u64(v, &u)) return json_integer((json_int_t)u);
     if (ibid_val_i64(v, &i)) return json_integer(i);
     if (ibid_val_f64(v, &d)) return json_real(d);
-    /* What is left is true, false or nil; a map of one tells them apart through the getters. */
+    if (ibid_val_bool(v, &b)) return json_boolean(b);
     return json_null();
 }
 

@@ -14,7 +14,7 @@ static void test_places(void **state) {
     (void)state;
     const char *answer = "The tower is 31 metres tall. Its builder was Maren Tolliver! Ünïcode ends here ";
     ibid_str quotes[] = {str("built by MAREN TOLLIVER in 1871"), str("The tower rises 31 metres"),
-                         str("nothing of the kind"), str("ünïcode")};
+                         str("nothing alike"), str("ünïcode")};
     size_t places[4];
     ibidi_marker_places(str(answer), quotes, 4, places);
     assert_int_equal(places[0], strchr(answer, '!') + 1 - answer);
