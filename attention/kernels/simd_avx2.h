@@ -136,12 +136,12 @@ INLINE void v_nibbles(const uint8_t *q, vf d, vf m, vf out[4]) {
 INLINE vf v_half_set1(const void *p) {
     return _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(ibidi_u16_at(p))));
 }
-INLINE void v_block_q4_0(const uint8_t *p, vf out[4]) {
-    vf d = v_half_set1(p);
-    v_nibbles(p + 2, d, _mm256_mul_ps(d, _mm256_set1_ps(-8)), out);
+/* d, m: the block's scale and offset. */
+INLINE void v_block_q4_0(const uint8_t *p, float d, vf out[4]) {
+    v_nibbles(p + 2, v_set1(d), v_set1(-8 * d), out);
 }
-INLINE void v_block_q4_1(const uint8_t *p, vf out[4]) {
-    v_nibbles(p + 4, v_half_set1(p), v_half_set1(p + 2), out);
+INLINE void v_block_q4_1(const uint8_t *p, float d, float m, vf out[4]) {
+    v_nibbles(p + 4, v_set1(d), v_set1(m), out);
 }
 INLINE vf v_from_i8(const int8_t *p) {
     return _mm256_cvtepi32_ps(

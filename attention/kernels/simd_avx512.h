@@ -128,11 +128,12 @@ INLINE vf v_iota(float from) {
 INLINE vf v_half_set1(const void *p) {
     return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(ibidi_u16_at(p))));
 }
-INLINE void v_block_q4_0(const uint8_t *p, vf out[2]) {
-    v_nibbles(p + 2, _mm512_mul_ps(v_half_set1(p), v_iota(-8)), out);
+/* d, m: the block's scale and offset. */
+INLINE void v_block_q4_0(const uint8_t *p, float d, vf out[2]) {
+    v_nibbles(p + 2, _mm512_mul_ps(v_set1(d), v_iota(-8)), out);
 }
-INLINE void v_block_q4_1(const uint8_t *p, vf out[2]) {
-    v_nibbles(p + 4, v_fma(v_half_set1(p), v_iota(0), v_half_set1(p + 2)), out);
+INLINE void v_block_q4_1(const uint8_t *p, float d, float m, vf out[2]) {
+    v_nibbles(p + 4, v_fma(v_set1(d), v_iota(0), v_set1(m)), out);
 }
 INLINE vf v_from_i8(const int8_t *p) {
     return _mm512_cvtepi32_ps(

@@ -11,9 +11,10 @@
 #include "attention/kernels/internal.h"
 
 enum {
-    MM_CHUNK = 768, /* columns; a multiple of every block */
-    MM_PANEL = 64,  /* weight rows unpacked at once: 192 KB of scratch */
-    MM_STREAM = 4   /* most rows of x for which streaming pays */
+    MM_CHUNK = 768,  /* columns; a multiple of every block */
+    MM_PANEL = 64,   /* weight rows unpacked at once: 192 KB of scratch */
+    MM_AHEAD = 6144, /* bytes of weights fetched ahead of use when streaming */
+    MM_STREAM = 4    /* most rows of x for which streaming pays */
 };
 
 /* Bytes from the start of a row to column c (a multiple of the block). */
@@ -33,8 +34,38 @@ INLINE size_t row_offset(ibid_type type, size_t c) {
     return c / IBIDI_BLOCK * IBIDI_Q8_0_BYTES;
 }
 
+/* Scale and offset (0 where the type has none) of one block. */
+typedef struct block_scale {
+    float d, m;
+} block_scale;
+
+INLINE bool has_blocks(ibid_type type) {
+    return type != IBID_F32 && type != IBID_F16;
+}
+
+/* Those of the blocks in columns [c0, c1) of four rows, converted four at a time and left in
+ * memory, from where a load spreads each over a vector for free: permutes would compete with
+ * unpacking nibbles. */
+INLINE void block_scales(ibid_type type, const uint8_t *const row[4], size_t c0, size_t c1,
+                         block_scale out[][4]) {
+    if (!has_blocks(type)) return;
+    for (size_t c = c0; c < c1; c += 32) {
+        size_t at = row_offset(type, c);
+        uint32_t bits[4];
+        for (int r = 0; r < 4; r++) {
+            if (type == IBID_Q4_1)
+                memcpy(&bits[r], row[r] + at, 4);
+            else
+                bits[r] = ibidi_u16_at(row[r] + at);
+        }
+        __m128i four = _mm_setr_epi32((int)bits[0], (int)bits[1], (int)bits[2], (int)bits[3]);
+        _mm256_storeu_ps(&out[(c - c0) / 32][0].d, _mm256_cvtph_ps(four));
+    }
+}
+
 /* 32 weights from column c of a row. */
-INLINE void v_weights(ibid_type type, const uint8_t *row, size_t c, vf out[32 / VL]) {
+INLINE void v_weights(ibid_type type, const uint8_t *row, size_t c, block_scale s,
+                      vf out[32 / VL]) {
     const uint8_t *p = row + row_offset(type, c);
     switch (type) {
     case IBID_F32:
@@ -44,15 +75,15 @@ INLINE void v_weights(ibid_type type, const uint8_t *row, size_t c, vf out[32 / 
         for (int j = 0; j < 32 / VL; j++) out[j] = v_from_half(p + 2 * j * VL);
         return;
     case IBID_Q4_0:
-        v_block_q4_0(p, out);
+        v_block_q4_0(p, s.d, out);
         return;
     case IBID_Q4_1:
-        v_block_q4_1(p, out);
+        v_block_q4_1(p, s.d, s.m, out);
         return;
     case IBID_Q8_0:
         break;
     }
-    vf d = v_half_set1(p);
+    vf d = v_set1(s.d);
     for (int j = 0; j < 32 / VL; j++) {
         out[j] = v_mul(d, v_from_i8((const int8_t *)p + 2 + j * VL));
     }
@@ -71,11 +102,19 @@ INLINE void v_weights_tail(ibid_type type, const uint8_t *row, size_t c, size_t 
     for (int j = 0; j < 32 / VL; j++) out[j] = v_load(buf + j * VL);
 }
 
+INLINE float half_at(const uint8_t *p) {
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(ibidi_u16_at(p))));
+}
+
 INLINE void unpack_row(ibid_type type, const uint8_t *row, size_t c0, size_t c1, float *dst) {
     vf w[32 / VL];
     size_t c = c0;
     for (; c + 32 <= c1; c += 32, dst += 32) {
-        v_weights(type, row, c, w);
+        const uint8_t *p = row + row_offset(type, c);
+        block_scale s = {0, 0};
+        if (has_blocks(type)) s.d = half_at(p);
+        if (type == IBID_Q4_1) s.m = half_at(p + 2);
+        v_weights(type, row, c, s, w);
         for (int j = 0; j < 32 / VL; j++) v_store(dst + j * VL, w[j]);
     }
     if (c == c1) return;
@@ -216,9 +255,17 @@ INLINE void stream(ibid_type type, const int N, const ibid_tensor *w, size_t row
             for (int i = 0; i < N; i++) {
                 for (int r = 0; r < 4; r++) sum[i][r] = v_zero();
             }
+            block_scale scale[MM_CHUNK / 32][4];
+            block_scales(type, row, c0, c1, scale);
             for (; c + 32 <= c1; c += 32) {
+                /* Four rows of a block each, in one place: ask for the place AHEAD of it. */
+                const uint8_t *ahead = row[0] + 4 * row_offset(type, c) + MM_AHEAD;
+                for (size_t at = 0; at < 4 * row_offset(type, 32); at += 64) {
+                    _mm_prefetch((const char *)ahead + at, _MM_HINT_T0);
+                }
+                const block_scale *s = scale[(c - c0) / 32];
                 for (int r = 0; r < 4; r++) {
-                    v_weights(type, row[r], c, wv);
+                    v_weights(type, row[r], c, s[r], wv);
                     for (int j = 0; j < 32 / VL; j++) {
                         for (int i = 0; i < N; i++) {
                             vf xj = v_load(x + (size_t)i * ldx + c + (size_t)(j * VL));

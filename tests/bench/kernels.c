@@ -73,30 +73,27 @@ static float *random_floats(size_t n) {
 static volatile float sink;
 
 #if defined(__x86_64__)
-__attribute__((target("avx512f"))) static void fma512(void *arg) {
-    __m512 a[12], x = _mm512_set1_ps(0.999f), y = _mm512_set1_ps(1e-3f);
-    for (int i = 0; i < 12; i++) a[i] = _mm512_set1_ps((float)i);
-    for (long n = *(long *)arg; n; n--) {
-        for (int i = 0; i < 12; i++) {
-            a[i] = _mm512_fmadd_ps(a[i], x, y);
-            __asm__ volatile("" : "+v"(a[i]));
-        }
-    }
-    for (int i = 1; i < 12; i++) a[0] = _mm512_add_ps(a[0], a[i]);
-    sink = _mm512_reduce_add_ps(a[0]);
+/* Twelve independent chains of fused multiply-adds: enough for any latency times width so far. */
+#define FMA_CHAINS(V)                                                                              \
+    "1: vfmadd231ps %%" V "0, %%" V "0, %%" V "1\n vfmadd231ps %%" V "0, %%" V "0, %%" V "2\n"     \
+    "vfmadd231ps %%" V "0, %%" V "0, %%" V "3\n vfmadd231ps %%" V "0, %%" V "0, %%" V "4\n"        \
+    "vfmadd231ps %%" V "0, %%" V "0, %%" V "5\n vfmadd231ps %%" V "0, %%" V "0, %%" V "6\n"        \
+    "vfmadd231ps %%" V "0, %%" V "0, %%" V "7\n vfmadd231ps %%" V "0, %%" V "0, %%" V "8\n"        \
+    "vfmadd231ps %%" V "0, %%" V "0, %%" V "9\n vfmadd231ps %%" V "0, %%" V "0, %%" V "10\n"       \
+    "vfmadd231ps %%" V "0, %%" V "0, %%" V "11\n vfmadd231ps %%" V "0, %%" V "0, %%" V "12\n"      \
+    "dec %0\n jnz 1b\n vzeroupper"
+#define FMA_CLOBBERS                                                                               \
+    "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",       \
+        "xmm11", "xmm12", "cc"
+
+static void fma512(void *arg) {
+    long n = *(long *)arg;
+    __asm__ volatile("vpxor %%xmm0, %%xmm0, %%xmm0\n" FMA_CHAINS("zmm") : "+r"(n)::FMA_CLOBBERS);
 }
 
-__attribute__((target("avx2,fma"))) static void fma256(void *arg) {
-    __m256 a[12], x = _mm256_set1_ps(0.999f), y = _mm256_set1_ps(1e-3f);
-    for (int i = 0; i < 12; i++) a[i] = _mm256_set1_ps((float)i);
-    for (long n = *(long *)arg; n; n--) {
-        for (int i = 0; i < 12; i++) {
-            a[i] = _mm256_fmadd_ps(a[i], x, y);
-            __asm__ volatile("" : "+x"(a[i]));
-        }
-    }
-    for (int i = 1; i < 12; i++) a[0] = _mm256_add_ps(a[0], a[i]);
-    sink = _mm256_cvtss_f32(a[0]);
+static void fma256(void *arg) {
+    long n = *(long *)arg;
+    __asm__ volatile("vpxor %%xmm0, %%xmm0, %%xmm0\n" FMA_CHAINS("ymm") : "+r"(n)::FMA_CLOBBERS);
 }
 
 typedef struct buffer {
