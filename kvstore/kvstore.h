@@ -20,6 +20,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#define IBID_STORE_FOLDER "store" /* inside the data folder */
+
 typedef struct ibid_store ibid_store;
 typedef struct ibid_snap ibid_snap;
 
