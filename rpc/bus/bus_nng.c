@@ -10,13 +10,24 @@
  *     (ECONNRESET). A request still waiting for a pipe is aborted by us when the pipe it waited for
  *     closes (REM_POST). Either way the caller hears UNAVAIL and decides;
  *   - wait for ever for a peer: a call waits two seconds for a pipe.
- * Should a request still arrive twice, the server drops ids it has seen. */
+ * Should a request still arrive twice, the server drops ids it has seen.
+ *
+ * nng 1.5.2 has a fault (nanomsg/nng #1518): an ipc peer that connects and is gone before the
+ * listener wrote its greeting makes the listener stop taking connections for ever, while connecting
+ * still seems to work. Its own test for a stale socket file does just that to a live server. So
+ *   - a server takes a lock file (PATH.lock) and removes a stale socket file itself;
+ *   - a client dials on its first call, not before, and does not close while it is being greeted;
+ *   - a server knocks at its own door now and then, and opens a second listener at the same address
+ * if nobody opens; calls on connections made before go on. A client whose first call on a
+ * connection ends without a reply dials again. */
 #include "rpc/base/clock.h"
 #include "rpc/base/log.h"
 #include "rpc/bus/bus.h"
 #include "rpc/bus/envelope.h"
 #include "rpc/bus/schema.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <nng/nng.h>
 #include <nng/protocol/reqrep0/rep.h>
 #include <nng/protocol/reqrep0/req.h>
@@ -25,6 +36,8 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 enum {
@@ -35,6 +48,9 @@ enum {
     RECONNECT_MIN_MS = 10,
     RECONNECT_MAX_MS = 200,
     IDLE_SLOTS = 32,
+    KNOCK_EVERY_MS = 2000,
+    KNOCK_MS = 2000,
+    GREETING_MS = 300,
     /* nng's own limit leaves room for its header; ours is the one that is reported. */
     WIRE_MAX = IBID_BUS_MESSAGE_MAX + 64
 };
@@ -110,6 +126,10 @@ struct ibid_server {
     ibidi_seen *seen; /* under lock */
     size_t n_workers, running;
     struct worker *workers;
+    int lock_fd;    /* of PATH.lock; -1 */
+    pthread_t door; /* sees that connections are taken (ipc only) */
+    bool have_door;
+    uint64_t visitors; /* connections taken so far; under lock */
 };
 
 bool ibid_call_closing(const ibid_call *call) {
@@ -275,18 +295,113 @@ static struct timespec at_ns(uint64_t ns) {
                              .tv_nsec = (long)(ns % 1000000000u)};
 }
 
-static ibid_err server_listen(ibid_server *s) {
+/* NULL unless the address is a path. */
+static const char *path_of(const char *url) {
+    return strncmp(url, "ipc://", 6) == 0 ? url + 6 : NULL;
+}
+
+static uint64_t in_ms(uint64_t ms) {
+    return ibid_now_ns() + ms * UINT64_C(1000000);
+}
+
+/* Whoever holds the lock owns the address, so a socket file found there is a dead server's. */
+static ibid_err own_address(ibid_server *s, const char *path) {
+    char file[IBID_BUS_URL_MAX + 8];
+    struct stat st;
+    (void)snprintf(file, sizeof file, "%s.lock", path);
+    s->lock_fd = open(file, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (s->lock_fd < 0) return ibid_fail_errno(errno, "cannot create", file);
+    if (flock(s->lock_fd, LOCK_EX | LOCK_NB) != 0)
+        return errno == EWOULDBLOCK ? from_nng(NNG_EADDRINUSE, "cannot listen at", s->url)
+                                    : ibid_fail_errno(errno, "cannot lock", file);
+    if (lstat(path, &st) != 0) return IBID_OK;
+    if (!S_ISSOCK(st.st_mode)) return ibid_fail(IBID_IO, "%s is in the way: not a socket", path);
+    return unlink(path) == 0 ? IBID_OK : ibid_fail_errno(errno, "cannot remove", path);
+}
+
+static int add_listener(ibid_server *s) {
     nng_listener l;
+    int rv = nng_listener_create(&l, s->socket, s->url);
+    if (!rv) rv = nng_listener_set_size(l, NNG_OPT_RECVMAXSZ, WIRE_MAX);
+    if (!rv && path_of(s->url)) rv = nng_listener_set_int(l, NNG_OPT_IPC_PERMISSIONS, 0600);
+    return rv ? rv : nng_listener_start(l, 0);
+}
+
+static void visitor_cb(nng_pipe pipe, nng_pipe_ev ev, void *arg) {
+    ibid_server *s = arg;
+    (void)pipe;
+    (void)ev;
+    (void)pthread_mutex_lock(&s->lock);
+    s->visitors++;
+    (void)pthread_cond_broadcast(&s->changed);
+    (void)pthread_mutex_unlock(&s->lock);
+}
+
+static ibid_err server_listen(ibid_server *s) {
+    const char *path = path_of(s->url);
+    ibid_err e = path ? own_address(s, path) : IBID_OK;
+    if (e) return e;
     int rv = nng_rep0_open(&s->socket);
     if (rv) return from_nng(rv, "cannot open", s->url);
     s->have_socket = true;
     rv = nng_socket_set_size(s->socket, NNG_OPT_RECVMAXSZ, WIRE_MAX);
-    if (!rv) rv = nng_listener_create(&l, s->socket, s->url);
-    if (!rv) rv = nng_listener_set_size(l, NNG_OPT_RECVMAXSZ, WIRE_MAX);
-    if (!rv && strncmp(s->url, "ipc:", 4) == 0)
-        rv = nng_listener_set_int(l, NNG_OPT_IPC_PERMISSIONS, 0600);
-    if (!rv) rv = nng_listener_start(l, 0);
+    if (!rv) rv = nng_pipe_notify(s->socket, NNG_PIPE_EV_ADD_POST, visitor_cb, s);
+    if (!rv) rv = add_listener(s);
     return rv ? from_nng(rv, "cannot listen at", s->url) : IBID_OK;
+}
+
+/* ---- The door: see the head of this file ---- */
+
+/* Waits on the server's condition until test or time is out; the lock is held. */
+static bool wait_visitor(ibid_server *s, uint64_t before, uint64_t until_ns) {
+    struct timespec t = at_ns(until_ns);
+    while (s->visitors == before && !s->closing)
+        if (pthread_cond_timedwait(&s->changed, &s->lock, &t) != 0) break;
+    return s->visitors != before;
+}
+
+static void greeted_cb(nng_pipe pipe, nng_pipe_ev ev, void *arg) {
+    (void)pipe;
+    (void)ev;
+    atomic_store((_Atomic bool *)arg, true);
+}
+
+/* Connects to ourselves. False if the listener did not take the connection. */
+static bool knock(ibid_server *s, uint64_t before) {
+    nng_socket visitor;
+    _Atomic bool greeted = false;
+    if (nng_req0_open(&visitor) != 0) return true; /* out of something; no news of the door */
+    int rv = nng_pipe_notify(visitor, NNG_PIPE_EV_ADD_POST, greeted_cb, &greeted);
+    if (!rv) rv = nng_dial(visitor, s->url, NULL, NNG_FLAG_NONBLOCK);
+    (void)pthread_mutex_lock(&s->lock);
+    bool taken = rv != 0 || wait_visitor(s, before, in_ms(KNOCK_MS)) || s->closing;
+    (void)pthread_mutex_unlock(&s->lock);
+    for (int i = 0; i < GREETING_MS / 10 && !atomic_load(&greeted) && !rv; i++) (void)usleep(10000);
+    (void)nng_close(visitor);
+    return taken;
+}
+
+static void *door_main(void *arg) {
+    ibid_server *s = arg;
+    (void)pthread_mutex_lock(&s->lock);
+    while (!s->closing) {
+        uint64_t before = s->visitors;
+        if (wait_visitor(s, before, in_ms(KNOCK_EVERY_MS)) || s->closing) {
+            struct timespec t = at_ns(in_ms(100)); /* a busy door works */
+            if (!s->closing) (void)pthread_cond_timedwait(&s->changed, &s->lock, &t);
+            continue;
+        }
+        (void)pthread_mutex_unlock(&s->lock);
+        if (!knock(s, before)) {
+            (void)unlink(path_of(s->url));
+            int rv = add_listener(s);
+            ibid_log(IBID_LOG_WARN, "%s took no connections any more; listening anew: %s", s->url,
+                     rv ? nng_strerror(rv) : "ok");
+        }
+        (void)pthread_mutex_lock(&s->lock);
+    }
+    (void)pthread_mutex_unlock(&s->lock);
+    return NULL;
 }
 
 static ibid_err start_worker(ibid_server *s, struct worker *w) {
@@ -323,6 +438,7 @@ ibid_err ibid_server_open(const ibid_server_opts *o, ibid_server **out) {
     s->n_methods = o->n_methods;
     s->room = o->room;
     s->started_ns = ibid_now_ns();
+    s->lock_fd = -1;
     if (!s->url || !s->name || !s->seen || !s->workers) {
         e = ibid_fail(IBID_NOMEM, "out of memory for a server");
         goto done;
@@ -333,6 +449,7 @@ ibid_err ibid_server_open(const ibid_server_opts *o, ibid_server **out) {
             e = ibid_fail(IBID_INTERNAL, "%s has no rows in rpc/bus/schema.h", s->methods[i].name);
     if (!e) e = server_listen(s);
     for (size_t i = 0; i < s->n_workers && !e; i++) e = start_worker(s, &s->workers[i]);
+    if (!e && path_of(s->url)) s->have_door = pthread_create(&s->door, NULL, door_main, s) == 0;
     if (e) goto done;
     ibid_log(IBID_LOG_INFO, "%s serves at %s with %zu workers", s->name, s->url, s->n_workers);
     *out = s;
@@ -353,16 +470,18 @@ static void cancel_workers(ibid_server *s, enum worker_state state) {
 static void stop_workers(ibid_server *s) {
     (void)pthread_mutex_lock(&s->lock);
     atomic_store(&s->closing, true);
+    (void)pthread_cond_broadcast(&s->changed);
     cancel_workers(s, RECEIVING);
-    uint64_t grace = ibid_now_ns() + CLOSE_GRACE_MS * UINT64_C(1000000);
+    uint64_t grace = in_ms(CLOSE_GRACE_MS);
     while (s->running) {
-        struct timespec t = at_ns(ibid_now_ns() + 50 * UINT64_C(1000000));
+        struct timespec t = at_ns(in_ms(50));
         (void)pthread_cond_timedwait(&s->changed, &s->lock, &t);
         if (ibid_now_ns() > grace) cancel_workers(s, SENDING);
     }
     (void)pthread_mutex_unlock(&s->lock);
     for (size_t i = 0; i < s->n_workers; i++)
         if (s->workers[i].have_thread) (void)pthread_join(s->workers[i].thread, NULL);
+    if (s->have_door) (void)pthread_join(s->door, NULL);
 }
 
 void ibid_server_close(ibid_server *s) {
@@ -373,6 +492,7 @@ void ibid_server_close(ibid_server *s) {
         nng_aio_free(s->workers[i].aio);
     }
     if (s->have_socket) (void)nng_close(s->socket);
+    if (s->lock_fd >= 0) (void)close(s->lock_fd); /* the file stays: removing it would race */
     ibidi_seen_close(s->seen);
     (void)pthread_cond_destroy(&s->changed);
     (void)pthread_mutex_destroy(&s->lock);
@@ -399,7 +519,11 @@ struct ibid_client {
     _Atomic uint64_t next_id;
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    int pipe; /* 0: not connected */
+    pthread_mutex_t dial_lock;
+    bool dialed; /* under dial_lock */
+    int pipe;    /* 0: not connected */
+    bool proven; /* a reply came over it */
+    nng_pipe handle;
     struct slot *busy, *idle;
     size_t n_idle;
 };
@@ -410,6 +534,8 @@ static void pipe_cb(nng_pipe pipe, nng_pipe_ev ev, void *arg) {
     (void)pthread_mutex_lock(&c->lock);
     if (ev == NNG_PIPE_EV_ADD_POST) {
         c->pipe = id;
+        c->handle = pipe;
+        c->proven = false;
     } else {
         if (c->pipe == id) c->pipe = 0;
         for (struct slot *s = c->busy; s; s = s->next) {
@@ -422,18 +548,32 @@ static void pipe_cb(nng_pipe pipe, nng_pipe_ev ev, void *arg) {
     (void)pthread_mutex_unlock(&c->lock);
 }
 
-static int client_dial(ibid_client *c) {
-    nng_dialer d;
-    int rv = nng_socket_set_ms(c->socket, NNG_OPT_REQ_RESENDTIME, NNG_DURATION_INFINITE);
+static int client_prepare(ibid_client *c) {
+    int rv = nng_req0_open(&c->socket);
+    if (rv) return rv;
+    c->have_socket = true;
+    rv = nng_socket_set_ms(c->socket, NNG_OPT_REQ_RESENDTIME, NNG_DURATION_INFINITE);
     if (!rv) rv = nng_socket_set_size(c->socket, NNG_OPT_RECVMAXSZ, WIRE_MAX);
     if (!rv) rv = nng_pipe_notify(c->socket, NNG_PIPE_EV_ADD_POST, pipe_cb, c);
     if (!rv) rv = nng_pipe_notify(c->socket, NNG_PIPE_EV_REM_POST, pipe_cb, c);
-    if (!rv) rv = nng_dialer_create(&d, c->socket, c->url);
+    return rv;
+}
+
+/* On the first call: a client that never calls must not knock and run. */
+static ibid_err client_dial(ibid_client *c) {
+    nng_dialer d;
+    int rv = 0;
+    (void)pthread_mutex_lock(&c->dial_lock);
+    if (c->dialed) goto done;
+    rv = nng_dialer_create(&d, c->socket, c->url);
     if (!rv) rv = nng_dialer_set_size(d, NNG_OPT_RECVMAXSZ, WIRE_MAX);
     if (!rv) rv = nng_dialer_set_ms(d, NNG_OPT_RECONNMINT, RECONNECT_MIN_MS);
     if (!rv) rv = nng_dialer_set_ms(d, NNG_OPT_RECONNMAXT, RECONNECT_MAX_MS);
     if (!rv) rv = nng_dialer_start(d, NNG_FLAG_NONBLOCK);
-    return rv;
+    c->dialed = rv == 0;
+done:
+    (void)pthread_mutex_unlock(&c->dial_lock);
+    return rv ? from_nng(rv, "cannot dial", c->url) : IBID_OK;
 }
 
 ibid_err ibid_client_open(const char *url, ibid_client **out) {
@@ -442,6 +582,7 @@ ibid_err ibid_client_open(const char *url, ibid_client **out) {
     ibid_client *c = ibid_calloc(1, sizeof *c);
     if (!c) return ibid_fail(IBID_NOMEM, "out of memory for a client");
     (void)pthread_mutex_init(&c->lock, NULL);
+    (void)pthread_mutex_init(&c->dial_lock, NULL);
     cond_init(&c->changed);
     randombytes_buf(&first, sizeof first);
     atomic_store(&c->next_id, first);
@@ -450,11 +591,9 @@ ibid_err ibid_client_open(const char *url, ibid_client **out) {
         e = ibid_fail(IBID_NOMEM, "out of memory for a client");
         goto done;
     }
-    int rv = nng_req0_open(&c->socket);
-    c->have_socket = rv == 0;
-    if (!rv) rv = client_dial(c);
+    int rv = client_prepare(c);
     if (rv) {
-        e = from_nng(rv, "cannot dial", url);
+        e = from_nng(rv, "cannot open a client of", url);
         goto done;
     }
     *out = c;
@@ -471,8 +610,19 @@ static void slot_free(struct slot *s) {
     ibid_free(s);
 }
 
+/* Lets a connection that is being made be greeted before it is closed. */
+static void await_greeting(ibid_client *c) {
+    struct timespec t = at_ns(in_ms(GREETING_MS));
+    if (!c->dialed || !path_of(c->url) || access(path_of(c->url), F_OK) != 0) return;
+    (void)pthread_mutex_lock(&c->lock);
+    while (!c->pipe && pthread_cond_timedwait(&c->changed, &c->lock, &t) == 0) {
+    }
+    (void)pthread_mutex_unlock(&c->lock);
+}
+
 void ibid_client_close(ibid_client *c) {
     if (!c) return;
+    if (c->have_socket) await_greeting(c);
     while (c->idle) {
         struct slot *next = c->idle->next;
         slot_free(c->idle);
@@ -480,6 +630,7 @@ void ibid_client_close(ibid_client *c) {
     }
     if (c->have_socket) (void)nng_close(c->socket);
     (void)pthread_cond_destroy(&c->changed);
+    (void)pthread_mutex_destroy(&c->dial_lock);
     (void)pthread_mutex_destroy(&c->lock);
     ibid_free(c->url);
     ibid_free(c);
@@ -505,10 +656,11 @@ static ibid_err slot_new(ibid_client *c, struct slot **out) {
 
 /* Waits for a pipe and takes a slot that is bound to it. */
 static ibid_err slot_take(ibid_client *c, uint64_t deadline_ns, struct slot **out) {
-    uint64_t patience = ibid_now_ns() + CONNECT_MS * UINT64_C(1000000);
+    uint64_t patience = in_ms(CONNECT_MS);
     struct timespec t = at_ns(patience < deadline_ns ? patience : deadline_ns);
     struct slot *s = NULL;
-    ibid_err e = IBID_OK;
+    ibid_err e = client_dial(c);
+    if (e) return e;
     (void)pthread_mutex_lock(&c->lock);
     if (c->idle) {
         s = c->idle;
@@ -537,19 +689,29 @@ static ibid_err slot_take(ibid_client *c, uint64_t deadline_ns, struct slot **ou
     return e;
 }
 
-/* A slot whose call did not end well is not used again: its context may still expect a reply. */
-static void slot_give(ibid_client *c, struct slot *s, bool clean) {
+/* rv: how the call ended. Unless it ended well the slot is not used again (its context may still
+ * expect a reply), and what the end says about the connection is noted. */
+static void slot_give(ibid_client *c, struct slot *s, int rv) {
+    bool redial = false;
+    nng_pipe handle = {0};
     (void)pthread_mutex_lock(&c->lock);
     struct slot **at = &c->busy;
     while (*at != s) at = &(*at)->next;
     *at = s->next;
-    bool keep = clean && c->n_idle < IDLE_SLOTS;
+    if (c->pipe == s->pipe) {
+        if (rv == 0) c->proven = true;
+        if (rv == NNG_ECONNRESET) c->pipe = 0; /* its REM_POST is on the way */
+        redial = rv == NNG_ETIMEDOUT && !c->proven;
+        handle = c->handle;
+    }
+    bool keep = rv == 0 && c->n_idle < IDLE_SLOTS;
     if (keep) {
         s->next = c->idle;
         c->idle = s;
         c->n_idle++;
     }
     (void)pthread_mutex_unlock(&c->lock);
+    if (redial) (void)nng_pipe_close(handle);
     if (!keep) slot_free(s);
 }
 
@@ -578,31 +740,36 @@ static ibid_err call_failed(const ibid_client *c, const char *method, int rv, bo
     return from_nng(rv, method, c->url);
 }
 
-/* Sends a request and waits for the bytes of its reply. Takes msg. */
+/* One attempt; *sent: nng took the message, which is ours no more. */
+static int attempt(ibid_client *c, struct slot *s, nng_msg *msg, uint64_t deadline_ns, bool *sent,
+                   nng_msg **out) {
+    nng_msg_header_clear(msg);
+    nng_aio_set_msg(s->aio, msg);
+    int rv = slot_run(c, s, deadline_ns, nng_ctx_send);
+    if (rv) return rv;
+    *sent = true;
+    nng_aio_set_msg(s->aio, NULL);
+    rv = slot_run(c, s, deadline_ns, nng_ctx_recv);
+    if (!rv) *out = nng_aio_get_msg(s->aio);
+    return rv;
+}
+
+/* Sends a request and waits for the bytes of its reply. Takes msg. A connection that breaks before
+ * it took the message is no harm: the message waits for the next one. */
 static ibid_err exchange(ibid_client *c, const char *method, nng_msg *msg, uint64_t deadline_ns,
                          nng_msg **out) {
-    struct slot *s = NULL;
+    ibid_err e = IBID_OK;
     bool sent = false;
     int rv;
-    ibid_err e = slot_take(c, deadline_ns, &s);
-    if (e) {
-        nng_msg_free(msg);
-        return e;
-    }
-    nng_aio_set_msg(s->aio, msg);
-    rv = slot_run(c, s, deadline_ns, nng_ctx_send);
-    if (rv) {
-        nng_msg_free(msg);
-    } else {
-        sent = true;
-        nng_aio_set_msg(s->aio, NULL);
-        rv = slot_run(c, s, deadline_ns, nng_ctx_recv);
-    }
-    if (rv)
-        e = call_failed(c, method, rv, sent);
-    else
-        *out = nng_aio_get_msg(s->aio);
-    slot_give(c, s, rv == 0);
+    do {
+        struct slot *s = NULL;
+        e = slot_take(c, deadline_ns, &s);
+        if (e) break;
+        rv = attempt(c, s, msg, deadline_ns, &sent, out);
+        slot_give(c, s, rv);
+        if (rv) e = call_failed(c, method, rv, sent);
+    } while (e && !sent && rv == NNG_ECONNRESET);
+    if (!sent) nng_msg_free(msg);
     return e;
 }
 

@@ -13,7 +13,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -49,6 +51,10 @@ static int group_teardown(void **state) {
     char path[256];
     (void)state;
     (void)snprintf(path, sizeof path, "%s/run/echo.sock", fx.dir);
+    (void)unlink(path);
+    (void)snprintf(path, sizeof path, "%s/run/echo.sock.lock", fx.dir);
+    (void)unlink(path);
+    (void)snprintf(path, sizeof path, "%s/run/echo.sock2.lock", fx.dir);
     (void)unlink(path);
     (void)snprintf(path, sizeof path, "%s/run", fx.dir);
     (void)rmdir(path);
@@ -410,6 +416,28 @@ static void test_kill(void **state) {
     fx.c = NULL;
 }
 
+/* Peers that connect and run make nng 1.5.2's listener deaf; ours must hear again, and calls on
+ * older connections must not notice. */
+static void test_deaf_listener(void **state) {
+    (void)state;
+    struct sockaddr_un a = {.sun_family = AF_UNIX};
+    ibid_client *c = NULL;
+    ok(ibid_client_ping(fx.c, 1000, NULL, NULL));
+    (void)snprintf(a.sun_path, sizeof a.sun_path, "%.100s", fx.url + strlen("ipc://"));
+    for (int i = 0; i < 10; i++) {
+        int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        assert_int_equal(connect(fd, (struct sockaddr *)&a, sizeof a), 0);
+        (void)close(fd);
+    }
+    uint64_t start = ibid_now_ns();
+    ibid_err e = IBID_TIMEOUT;
+    ok(ibid_client_open(fx.url, &c));
+    while (e && ibid_ms_since(start) < 20000) e = ibid_client_ping(c, 500, NULL, NULL);
+    ok(e);
+    ibid_client_close(c);
+    ok(ibid_client_ping(fx.c, 1000, NULL, NULL));
+}
+
 static void test_socket_mode(void **state) {
     (void)state;
     struct stat st;
@@ -650,8 +678,10 @@ int main(int argc, char **argv) {
         T(test_close_while_waiting),
         T(test_streams_stop),
     };
-    const struct CMUnitTest ipc_only[] = {T(test_socket_mode), cmocka_unit_test(test_kill)};
+    const struct CMUnitTest ipc_only[] = {T(test_socket_mode), T(test_deaf_listener),
+                                          cmocka_unit_test(test_kill)};
     if (argc == 3 && strcmp(argv[1], "--serve") == 0) return serve(argv[2]);
+    if (argc == 3 && strcmp(argv[1], "--only") == 0) cmocka_set_test_filter(argv[2]);
     int failed = cmocka_run_group_tests_name("bus over ipc", both, group_setup, group_teardown);
     failed += cmocka_run_group_tests_name("ipc only", ipc_only, group_setup, group_teardown);
     fx.inproc = true;
