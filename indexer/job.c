@@ -266,7 +266,9 @@ static ibid_err gone(void *arg, const ibid_document *d) {
         p->room = room;
     }
     p->ids[p->n] = ibid_strndup(d->id.s, d->id.n);
-    return p->ids[p->n] ? (p->n++, IBID_OK) : ibid_fail(IBID_NOMEM, "out of memory for pruning");
+    if (!p->ids[p->n]) return ibid_fail(IBID_NOMEM, "out of memory for pruning");
+    p->n++;
+    return IBID_OK;
 }
 
 static ibid_err delete_document(ibidi_work *w, ibid_str id) {
@@ -368,6 +370,19 @@ static ibid_err trim_cache(ibidi_work *w) {
 
 /* ---- The whole ---- */
 
+/* The collection may have come into being with another model since the job was submitted. */
+static ibid_err check_model(ibidi_work *w) {
+    ibid_snap *n = NULL;
+    ibid_collection c;
+    ibid_err e = ibid_snap_begin(w->store, &n);
+    if (!e) e = ibid_snap_collection(n, ibidi_istr(w->job->collection), &c);
+    if (!e && ibid_hash_cmp(&c.model, &w->job->model) != 0)
+        e = ibid_fail(IBID_MISMATCH, "collection %s was made with another model: use another one",
+                      w->job->collection);
+    if (n) ibid_snap_end(n);
+    return e;
+}
+
 static ibid_err prepare(ibidi_work *w) {
     char hex[65];
     uint64_t start = 0;
@@ -386,7 +401,7 @@ static ibid_err prepare(ibidi_work *w) {
     start = 0;
     do e = ibid_kvc_collection_create(w->room->kv, ibidi_istr(w->job->collection), &w->job->model);
     while (ibidi_again(w, &e, &start));
-    return e == IBID_EXISTS ? IBID_OK : e;
+    return e == IBID_EXISTS ? check_model(w) : e;
 }
 
 static void reset_counts(ibidi_job *j) {
