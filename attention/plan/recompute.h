@@ -39,9 +39,8 @@ ibid_err ibid_choose(ibid_choice *c, const ibid_placed_block *blocks, float *con
                      double share);
 
 typedef struct ibid_question {
-    const ibid_segment *prefix; /* NULL: none */
-    const ibid_placed_block
-        *blocks; /* ascending, not overlapping; the chosen masks are their own */
+    const ibid_segment *prefix;      /* NULL: none */
+    const ibid_placed_block *blocks; /* ascending, not overlapping */
     size_t n_blocks;
     const int32_t *tokens; /* [n] the question, at the positions after the last stored token */
     size_t n;

@@ -1,0 +1,17 @@
+# Tests and bench of the engine, the recompute plan and the sampler.
+set(engine_support
+  ${CMAKE_CURRENT_LIST_DIR}/../support/engine_fixture.c
+  ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c)
+ibid_test(attention.engine
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_engine.c ${CMAKE_CURRENT_LIST_DIR}/../support/naive_llama.c ${engine_support}
+  LIBS ibid_engine TIMEOUT 300)
+ibid_test(attention.recompute
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_recompute.c ${engine_support}
+  LIBS ibid_engine TIMEOUT 300)
+ibid_test(attention.sampler SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_sampler.c LIBS ibid_engine)
+ibid_test(attention.engine_batch
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_engine_batch.c ${engine_support}
+  LIBS ibid_engine Threads::Threads TIMEOUT 300)
+ibid_test(attention.engine_golden
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_engine_golden.c ${engine_support}
+  LIBS ibid_engine TIMEOUT 300)

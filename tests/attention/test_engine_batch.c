@@ -1,0 +1,421 @@
+/* What must not matter: who shares the batch, how many threads work, how rows are cut into calls,
+ * what was cancelled or truncated before. And what is refused. */
+#include "tests/support/engine_fixture.h"
+
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+/* clang-format off */
+#include <cmocka.h>
+/* clang-format on */
+
+enum { SEQS = 7, VOCAB_ROOM = 512 };
+static const size_t lengths[SEQS] = {200, 1, 64, 333, 17, 96, 150}; /* more than a chunk together */
+
+static void must(ibid_err e) {
+    if (e) fail_msg("%s: %s", ibid_err_text(e), ibid_err_detail());
+}
+
+/* A shape whose contexts are long enough to be split when decoding. */
+static ibid_test_gguf long_shape(void) {
+    ibid_test_gguf spec = fx_shapes[2];
+    spec.n_ctx = 8192;
+    return spec;
+}
+
+typedef struct result {
+    float *encoded[SEQS]; /* all live keys and values at the last layer, then logits of a decode */
+    size_t n[SEQS];
+} result;
+
+/* Encodes SEQS sequences behind a stored prefix and takes two decode steps; all in common calls, or
+ * one by one. */
+static result run_all(ibid_engine *e, bool together) {
+    const ibid_model *m = ibid_engine_model(e);
+    result r = {.n = {0}};
+    ibid_seq *seqs[SEQS];
+    ibid_step steps[SEQS], decode[SEQS];
+    int32_t tokens[SEQS][512], prefix[1500];
+    uint32_t *positions[SEQS];
+    size_t n_prefix = 1300, width = 2 * m->n_kv_heads * m->head_dim;
+    fx_tokens(m, 99, prefix, n_prefix);
+    fx_kv kv = fx_encode(e, NULL, 0, prefix, n_prefix, IBID_KV_Q8_0);
+    ibid_segment g = {.layers = kv.layers};
+    for (size_t i = 0; i < SEQS; i++) {
+        size_t n = lengths[i];
+        fx_tokens(m, i, tokens[i], 512);
+        positions[i] = fx_positions((uint32_t)n_prefix, n + 2);
+        must(ibid_seq_open(e, 0, &seqs[i]));
+        must(ibid_seq_add_segment(seqs[i], &g));
+        r.n[i] = n * width + 2 * m->n_vocab;
+        r.encoded[i] = calloc(r.n[i], sizeof(float));
+        steps[i] = (ibid_step){.seq = seqs[i],
+                               .tokens = tokens[i],
+                               .positions = positions[i],
+                               .n = n,
+                               .n_logits = i == 2,
+                               .logits = r.encoded[i]};
+    }
+    for (size_t i = 0; !together && i < SEQS; i++) must(ibid_engine_forward(e, &steps[i], 1, NULL));
+    if (together) must(ibid_engine_forward(e, steps, SEQS, NULL));
+    for (size_t d = 0; d < 2; d++) {
+        for (size_t i = 0; i < SEQS; i++) {
+            size_t at = lengths[i] + d;
+            decode[i] = (ibid_step){.seq = seqs[i],
+                                    .tokens = tokens[i] + at,
+                                    .positions = positions[i] + at,
+                                    .n = 1,
+                                    .n_logits = 1};
+            decode[i].logits = r.encoded[i] + lengths[i] * width + d * m->n_vocab;
+            if (!together) must(ibid_engine_forward(e, &decode[i], 1, NULL));
+        }
+        if (together) must(ibid_engine_forward(e, decode, SEQS, NULL));
+    }
+    for (size_t i = 0; i < SEQS; i++) {
+        fx_kv own = fx_export(m, seqs[i], 0, lengths[i], 0, IBID_KV_F32);
+        const ibid_kv_view *v = &own.layers[m->n_layers - 1];
+        memcpy(r.encoded[i], v->k, lengths[i] * width / 2 * sizeof(float));
+        memcpy(r.encoded[i] + lengths[i] * width / 2, v->v, lengths[i] * width / 2 * sizeof(float));
+        fx_kv_free(&own);
+        ibid_seq_close(seqs[i]);
+        free(positions[i]);
+    }
+    fx_kv_free(&kv);
+    return r;
+}
+
+static void same(const result *a, const result *b) {
+    for (size_t i = 0; i < SEQS; i++) {
+        assert_memory_equal(a->encoded[i], b->encoded[i], a->n[i] * sizeof(float));
+    }
+}
+
+static void forget(result *r) {
+    for (size_t i = 0; i < SEQS; i++) free(r->encoded[i]);
+}
+
+static void test_same_bits(void **state) {
+    ibid_test_gguf spec = long_shape();
+    (void)state;
+    for (const ibid_kernels *const *k = ibid_kernels_all(); *k; k++) {
+        if (!(*k)->supported() || strcmp((*k)->name, "reference") == 0) continue;
+        fx_model f[3];
+        result first;
+        for (size_t threads = 1; threads <= 3; threads++) {
+            fx_open(&f[threads - 1], &spec, (*k)->name, threads);
+            result one = run_all(f[threads - 1].e, false);
+            result all = run_all(f[threads - 1].e, true);
+            same(&one, &all);
+            if (threads == 1)
+                first = one;
+            else {
+                same(&first, &one);
+                forget(&one);
+            }
+            forget(&all);
+            fx_close(&f[threads - 1]);
+        }
+        forget(&first);
+    }
+}
+
+/* Decoding over a long context, split, against the same rows inside one long pass, not split. */
+static void test_split(void **state) {
+    ibid_test_gguf spec = long_shape();
+    fx_model f;
+    ibid_seq *s = NULL;
+    enum { N = 3000, LAST = 5 };
+    int32_t *tokens = calloc(N, sizeof *tokens);
+    (void)state;
+    fx_open(&f, &spec, NULL, 2);
+    size_t vocab = f.m->n_vocab;
+    float *want = calloc(LAST * vocab, sizeof *want), *got = calloc(LAST * vocab, sizeof *got);
+    fx_tokens(f.m, 3, tokens, N);
+    must(ibid_seq_open(f.e, 0, &s));
+    fx_forward(f.e, s, 0, tokens, N, LAST, want);
+    assert_int_equal(ibid_seq_live_count(s), N);
+    ibid_seq_truncate(s, N - LAST);
+    assert_int_equal(ibid_seq_live_count(s), N - LAST);
+    for (uint32_t i = 0; i < LAST; i++) {
+        fx_forward(f.e, s, N - LAST + i, tokens + N - LAST + i, 1, 1, got + i * vocab);
+    }
+    double live = fx_max_diff(want, got, LAST * vocab);
+    ibid_seq_close(s);
+    /* The same from stored KV, cut into two segments at an odd place; masks on both. */
+    must(ibid_seq_open(f.e, 0, &s));
+    fx_forward(f.e, s, 0, tokens, N - LAST, 0, NULL);
+    fx_kv a = fx_export(f.m, s, 0, 1003, 0, IBID_KV_F32);
+    fx_kv b = fx_export(f.m, s, 1003, N - LAST - 1003, 700, IBID_KV_F32);
+    ibid_seq_close(s);
+    uint64_t none[64] = {0};
+    ibid_segment ga = {.layers = a.layers, .masked = none};
+    ibid_segment gb = {.layers = b.layers, .local0 = 303, .offset = 700, .masked = none};
+    must(ibid_seq_open(f.e, 0, &s));
+    must(ibid_seq_add_segment(s, &ga));
+    must(ibid_seq_add_segment(s, &gb));
+    fx_forward(f.e, s, N - LAST, tokens + N - LAST, LAST, LAST, got);
+    double stored = fx_max_diff(want, got, LAST * vocab);
+    printf("split: max |logit diff| live %.2g, stored %.2g\n", live, stored);
+    assert_true(live < 1e-4 && stored < 1e-4);
+    ibid_seq_close(s);
+    fx_kv_free(&a);
+    fx_kv_free(&b);
+    free(tokens);
+    free(want);
+    free(got);
+    fx_close(&f);
+}
+
+static void test_truncate(void **state) {
+    fx_model f;
+    ibid_seq *s = NULL;
+    int32_t tokens[300];
+    float a[VOCAB_ROOM], b[VOCAB_ROOM];
+    (void)state;
+    fx_open(&f, &fx_shapes[1], NULL, 1);
+    fx_tokens(f.m, 8, tokens, 300);
+    must(ibid_seq_open(f.e, 300, &s));
+    fx_forward(f.e, s, 0, tokens, 70, 1, a);
+    ibid_seq_truncate(s, 50);
+    fx_forward(f.e, s, 50, tokens + 100, 150, 0, NULL); /* something else */
+    ibid_seq_truncate(s, 300);                          /* more than there is: nothing */
+    assert_int_equal(ibid_seq_live_count(s), 200);
+    ibid_seq_truncate(s, 50);
+    fx_forward(f.e, s, 50, tokens + 50, 20, 1, b);
+    assert_memory_equal(a, b, f.m->n_vocab * sizeof *a);
+    ibid_seq_close(s);
+    fx_close(&f);
+}
+
+static void *set_soon(void *arg) {
+    usleep(500);
+    atomic_store((atomic_bool *)arg, true);
+    return NULL;
+}
+
+static void test_cancel(void **state) {
+    ibid_test_gguf spec = long_shape();
+    fx_model f;
+    ibid_seq *s = NULL;
+    int32_t tokens[900];
+    float want[VOCAB_ROOM], got[VOCAB_ROOM];
+    size_t cancelled = 0;
+    (void)state;
+    spec.n_layers = 6;
+    fx_open(&f, &spec, NULL, 2);
+    fx_tokens(f.m, 9, tokens, 900);
+    uint32_t *positions = fx_positions(0, 900);
+    must(ibid_seq_open(f.e, 0, &s));
+    fx_forward(f.e, s, 0, tokens, 10, 0, NULL);
+    ibid_step step = {.seq = s,
+                      .tokens = tokens + 10,
+                      .positions = positions + 10,
+                      .n = 890,
+                      .n_logits = 1,
+                      .logits = want};
+    must(ibid_engine_forward(f.e, &step, 1, NULL));
+    ibid_seq_truncate(s, 10);
+    step.logits = got;
+    for (int i = 0; i < 5; i++) {
+        atomic_bool cancel = i == 0;
+        pthread_t t;
+        assert_int_equal(pthread_create(&t, NULL, set_soon, &cancel), 0);
+        ibid_err e = ibid_engine_forward(f.e, &step, 1, &cancel);
+        pthread_join(t, NULL);
+        if (e) {
+            assert_int_equal(e, IBID_CANCELLED);
+            assert_int_equal(ibid_seq_live_count(s), 10);
+            cancelled++;
+        }
+        if (!e) ibid_seq_truncate(s, 10);
+    }
+    assert_true(cancelled > 0);
+    must(ibid_engine_forward(f.e, &step, 1, NULL));
+    assert_memory_equal(want, got, f.m->n_vocab * sizeof *want);
+    ibid_seq_close(s);
+    free(positions);
+    fx_close(&f);
+}
+
+/* Some rows' logits, a probe of other rows, and a step that stops after one layer, all in one
+ * batch, give what each gives alone with everything computed. */
+static void test_needed_rows(void **state) {
+    enum { N = 60, P = 100 };
+    fx_model f;
+    int32_t tokens[P + N];
+    ibid_seq *s[4];
+    (void)state;
+    fx_open(&f, &fx_shapes[2], NULL, 2);
+    size_t vocab = f.m->n_vocab, dim = f.m->head_dim;
+    fx_tokens(f.m, 21, tokens, P + N);
+    fx_kv kv = fx_encode(f.e, NULL, 0, tokens, P, IBID_KV_F32);
+    ibid_segment g = {.layers = kv.layers};
+    uint32_t *positions = fx_positions(P, N);
+    float *logits[4], mass[4][P], keys[2][N * 64];
+    for (size_t i = 0; i < 4; i++) {
+        must(ibid_seq_open(f.e, N, &s[i]));
+        must(ibid_seq_add_segment(s[i], &g));
+        logits[i] = calloc(N * vocab, sizeof(float));
+        memset(mass[i], 0, sizeof mass[i]);
+    }
+    float *of[4] = {mass[0], mass[1], mass[2], mass[3]};
+    ibid_probe probes[] = {{.mass = &of[0], .row0 = 4, .n_rows = 11},
+                           {.mass = &of[1], .row0 = 4, .n_rows = 11},
+                           {.mass = &of[2], .row0 = 4, .n_rows = 11}};
+    ibid_step all = {.seq = s[0],
+                     .tokens = tokens + P,
+                     .positions = positions,
+                     .n = N,
+                     .n_logits = N,
+                     .logits = logits[0],
+                     .probe = &probes[0]};
+    must(ibid_engine_forward(f.e, &all, 1, NULL));
+    ibid_step some[3] = {all, all, all};
+    some[0].seq = s[1], some[0].n_logits = 3, some[0].logits = logits[1],
+    some[0].probe = &probes[1];
+    some[1].seq = s[2], some[1].n_logits = 0, some[1].probe = &probes[2];
+    some[2].seq = s[3], some[2].n_logits = 0, some[2].probe = NULL, some[2].n_layers = 2;
+    must(ibid_engine_forward(f.e, some, 3, NULL));
+    assert_memory_equal(logits[0] + (N - 3) * vocab, logits[1], 3 * vocab * sizeof(float));
+    assert_memory_equal(mass[0], mass[1], sizeof mass[0]);
+    assert_memory_equal(mass[0], mass[2], sizeof mass[0]);
+    assert_true(mass[0][0] > 0);
+    must(ibid_seq_raw_keys(s[0], 1, 0, 0, N, keys[0]));
+    must(ibid_seq_raw_keys(s[3], 1, 0, 0, N, keys[1]));
+    assert_memory_equal(keys[0], keys[1], N * dim * sizeof(float));
+    for (size_t i = 0; i < 4; i++) {
+        ibid_seq_close(s[i]);
+        free(logits[i]);
+    }
+    free(positions);
+    fx_kv_free(&kv);
+    fx_close(&f);
+}
+
+/* Each wrong step is refused with its code, and the sequence keeps working. */
+static void test_refuses(void **state) {
+    fx_model f, other;
+    ibid_seq *s = NULL, *foreign = NULL;
+    int32_t tokens[4] = {1, 2, 3, 4};
+    uint32_t positions[4] = {0, 1, 2, 3}, bad_order[4] = {0, 2, 2, 3}, late[2] = {1023, 1024};
+    float logits[4 * VOCAB_ROOM], again[4 * VOCAB_ROOM];
+    (void)state;
+    fx_open(&f, &fx_shapes[0], NULL, 1);
+    fx_open(&other, &fx_shapes[0], NULL, 1);
+    must(ibid_seq_open(f.e, 0, &s));
+    must(ibid_seq_open(other.e, 0, &foreign));
+    ibid_step good = {.seq = s,
+                      .tokens = tokens,
+                      .positions = positions,
+                      .n = 4,
+                      .n_logits = 4,
+                      .logits = logits};
+    ibid_step twice[2] = {good, good}, step = good;
+    assert_int_equal(ibid_engine_forward(f.e, twice, 2, NULL), IBID_INVAL);
+    step.seq = foreign;
+    assert_int_equal(ibid_engine_forward(f.e, &step, 1, NULL), IBID_INVAL);
+    step = good, step.positions = bad_order;
+    assert_int_equal(ibid_engine_forward(f.e, &step, 1, NULL), IBID_INVAL);
+    step = good, step.n_logits = 5;
+    assert_int_equal(ibid_engine_forward(f.e, &step, 1, NULL), IBID_INVAL);
+    step = good, step.n_layers = 1;
+    assert_int_equal(ibid_engine_forward(f.e, &step, 1, NULL), IBID_INVAL);
+    step = good, step.n_layers = 3;
+    assert_int_equal(ibid_engine_forward(f.e, &step, 1, NULL), IBID_INVAL);
+    step = good, step.positions = late, step.n = 2, step.n_logits = 1;
+    assert_int_equal(ibid_engine_forward(f.e, &step, 1, NULL), IBID_CONTEXT);
+    ibid_probe probe = {.row0 = 3, .n_rows = 2};
+    step = good, step.probe = &probe;
+    assert_int_equal(ibid_engine_forward(f.e, &step, 1, NULL), IBID_INVAL);
+    int32_t unknown[2] = {5, (int32_t)f.m->n_vocab}, negative[1] = {-1};
+    step = good, step.tokens = unknown, step.n = 2, step.n_logits = 0;
+    assert_int_equal(ibid_engine_forward(f.e, &step, 1, NULL), IBID_INVAL);
+    step.tokens = negative, step.n = 1;
+    assert_int_equal(ibid_engine_forward(f.e, &step, 1, NULL), IBID_INVAL);
+    assert_int_equal(ibid_seq_live_count(s), 0);
+    must(ibid_engine_forward(f.e, &good, 1, NULL));
+    assert_int_equal(ibid_engine_forward(f.e, &good, 1, NULL),
+                     IBID_INVAL); /* not above live rows */
+    assert_int_equal(ibid_seq_live_count(s), 4);
+
+    /* Segments: after live rows, overlapping, of another shape, past the context. */
+    fx_kv kv = fx_export(f.m, s, 0, 4, 0, IBID_KV_F32);
+    ibid_segment g = {.layers = kv.layers};
+    assert_int_equal(ibid_seq_add_segment(s, &g), IBID_INVAL);
+    assert_int_equal(ibid_seq_export(s, 0, 1, 4, 0, kv.layers), IBID_INVAL);
+    assert_int_equal(ibid_seq_export(s, 2, 0, 4, 0, kv.layers), IBID_INVAL);
+    assert_int_equal(ibid_seq_raw_keys(s, 0, 2, 0, 4, logits), IBID_INVAL);
+    assert_int_equal(ibid_engine_stored_keys(f.e, kv.layers, 0, 2, logits), IBID_INVAL);
+    ibid_seq_close(s);
+    must(ibid_seq_open(f.e, 0, &s));
+    must(ibid_seq_add_segment(s, &g));
+    assert_int_equal(ibid_seq_add_segment(s, &g), IBID_INVAL);
+    g.offset = f.m->n_ctx - 3;
+    assert_int_equal(ibid_seq_add_segment(s, &g), IBID_CONTEXT);
+    kv.layers[1].n_tokens = 3;
+    g.offset = 10;
+    assert_int_equal(ibid_seq_add_segment(s, &g), IBID_INVAL);
+    ibid_seq_close(s);
+
+    /* Each allocation of a first forward fails in turn: reported, and the next call works. */
+    size_t failed = 0;
+    for (uint64_t nth = 1; nth < 60; nth++) {
+        fx_model fresh;
+        fx_open(&fresh, &fx_shapes[0], NULL, 2);
+        must(ibid_seq_open(fresh.e, 0, &s));
+        step = good, step.seq = s, step.logits = again;
+        ibid_alloc_fail_at(nth);
+        ibid_err e = ibid_engine_forward(fresh.e, &step, 1, NULL);
+        ibid_alloc_fail_at(0);
+        if (e) {
+            assert_int_equal(e, IBID_NOMEM);
+            assert_int_equal(ibid_seq_live_count(s), 0);
+            must(ibid_engine_forward(fresh.e, &step, 1, NULL));
+            failed++;
+        }
+        assert_memory_equal(logits, again, sizeof(float) * f.m->n_vocab);
+        ibid_seq_close(s);
+        fx_close(&fresh);
+        if (!e) break;
+    }
+    assert_true(failed >= 4 && failed < 59);
+    fx_kv_free(&kv);
+    ibid_seq_close(foreign);
+    fx_close(&other);
+    fx_close(&f);
+}
+
+/* After the first token, decoding allocates only for a new page of KV. */
+static void test_no_allocation(void **state) {
+    fx_model f;
+    ibid_seq *s = NULL;
+    int32_t tokens[64];
+    float logits[VOCAB_ROOM];
+    (void)state;
+    fx_open(&f, &fx_shapes[1], NULL, 2);
+    fx_tokens(f.m, 4, tokens, 64);
+    must(ibid_seq_open(f.e, 64, &s));
+    fx_forward(f.e, s, 0, tokens, 1, 1, logits);
+    ibid_alloc_fail_at(1);
+    for (uint32_t i = 1; i < 64; i++) fx_forward(f.e, s, i, tokens + i, 1, 1, logits);
+    /* The trap is still set: nothing was allocated. */
+    void *p = ibid_alloc(1);
+    ibid_alloc_fail_at(0);
+    assert_null(p);
+    ibid_seq_close(s);
+    fx_close(&f);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_same_bits),     cmocka_unit_test(test_split),
+        cmocka_unit_test(test_truncate),      cmocka_unit_test(test_cancel),
+        cmocka_unit_test(test_needed_rows),   cmocka_unit_test(test_refuses),
+        cmocka_unit_test(test_no_allocation),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
