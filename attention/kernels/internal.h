@@ -4,6 +4,7 @@
 
 #include "attention/kernels/kernels.h"
 
+#include <math.h>
 #include <string.h>
 
 enum {

@@ -173,11 +173,24 @@ typedef struct product {
     float *y;
     uint8_t *scratch;
     size_t scratch_each;
+    uint8_t *xq; /* int8 activations; NULL: matmul on x */
 } product;
+
+static void pack_part(void *arg, size_t part, size_t thread) {
+    (void)thread;
+    const product *p = arg;
+    size_t i = part * 16, n = p->n - i < 16 ? p->n - i : 16, cols = p->w->cols;
+    p->k->q8_pack(p->x + i * cols, cols, n, cols, p->xq + i * p->k->q8_bytes(cols));
+}
 
 static void product_part(void *arg, size_t part, size_t thread) {
     const product *p = arg;
     size_t r0 = part * PART, r1 = r0 + PART < p->w->rows ? r0 + PART : p->w->rows;
+    if (p->xq) {
+        p->k->matmul_q8(p->w, r0, r1, p->xq, p->n, p->y, p->w->rows,
+                        p->scratch + thread * p->scratch_each);
+        return;
+    }
     p->k->matmul(p->w, r0, r1, p->x, p->w->cols, p->n, p->y, p->w->rows,
                  p->scratch + thread * p->scratch_each);
 }
@@ -185,6 +198,7 @@ static void product_part(void *arg, size_t part, size_t thread) {
 static void all_products(void *arg) {
     product p = *(product *)arg;
     for (size_t i = 0; i < p.n_w; i++, p.w++) {
+        if (p.xq) ibid_pool_run(p.pool, (p.n + 15) / 16, pack_part, &p);
         ibid_pool_run(p.pool, (p.w->rows + PART - 1) / PART, product_part, &p);
     }
 }
@@ -236,6 +250,11 @@ static void bench_matmul(const ibid_kernels *k, ibid_pool *pool) {
         p.w = layers;
         p.n_w = LAYERS * 7;
         bench_products(&p, "layers_q4_1");
+        if (!k->matmul_q8 || p.n < 8) continue;
+        p.xq = need(p.n * k->q8_bytes(FF)); /* packs before every matrix; an engine would share */
+        bench_products(&p, "layers_q4_1_int8");
+        ibid_free(p.xq);
+        p.xq = NULL;
     }
     for (size_t i = 0; i < 2; i++) {
         p.w = &head[i];
