@@ -15,3 +15,5 @@ ibid_test(attention.engine_batch
 ibid_test(attention.engine_golden
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_engine_golden.c ${engine_support}
   LIBS ibid_engine TIMEOUT 300)
+add_executable(bench_engine ${CMAKE_CURRENT_LIST_DIR}/../bench/engine.c)
+target_link_libraries(bench_engine PRIVATE ibid_engine ibid_flags)
