@@ -14,7 +14,8 @@ enum {
     MM_CHUNK = 768,  /* columns; a multiple of every block */
     MM_PANEL = 64,   /* weight rows unpacked at once: 192 KB of scratch */
     MM_AHEAD = 6144, /* bytes of weights fetched ahead of use when streaming */
-    MM_STREAM = 4    /* most rows of x for which streaming pays */
+    MM_STREAM = 4,   /* rows of x that share a pass over the weights when streaming */
+    MM_STREAMED = 8  /* most rows of x for which streaming pays, in passes */
 };
 
 /* Bytes from the start of a row to column c (a multiple of the block). */
@@ -314,13 +315,8 @@ INLINE void stream_type(ibid_type type, const ibid_tensor *w, size_t row0, size_
     }
 }
 
-static void simd_matmul(const ibid_tensor *w, size_t row0, size_t row1, const float *x, size_t ldx,
-                        size_t n, float *y, size_t ldy, void *scratch) {
-    if (n == 0 || row0 >= row1) return;
-    if (n > MM_STREAM) {
-        matmul_panels(w, row0, row1, x, ldx, n, y, ldy, scratch);
-        return;
-    }
+static void stream_any(const ibid_tensor *w, size_t row0, size_t row1, const float *x, size_t ldx,
+                       size_t n, float *y, size_t ldy) {
     switch (w->type) {
     case IBID_F32:
         stream_type(IBID_F32, w, row0, row1, x, ldx, n, y, ldy);
@@ -337,6 +333,18 @@ static void simd_matmul(const ibid_tensor *w, size_t row0, size_t row1, const fl
     case IBID_Q8_0:
         stream_type(IBID_Q8_0, w, row0, row1, x, ldx, n, y, ldy);
         break;
+    }
+}
+
+static void simd_matmul(const ibid_tensor *w, size_t row0, size_t row1, const float *x, size_t ldx,
+                        size_t n, float *y, size_t ldy, void *scratch) {
+    if (n > MM_STREAMED) {
+        matmul_panels(w, row0, row1, x, ldx, n, y, ldy, scratch);
+        return;
+    }
+    for (size_t i = 0; i < n; i += MM_STREAM) {
+        size_t some = n - i < MM_STREAM ? n - i : MM_STREAM;
+        stream_any(w, row0, row1, x + i * ldx, ldx, some, y + i * ldy, ldy);
     }
 }
 
