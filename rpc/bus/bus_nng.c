@@ -114,6 +114,7 @@ struct worker {
 
 struct ibid_server {
     nng_socket socket;
+    nng_listener listener;
     bool have_socket;
     char *url, *name;
     const ibid_method *methods;
@@ -320,11 +321,11 @@ static ibid_err own_address(ibid_server *s, const char *path) {
 }
 
 static int add_listener(ibid_server *s) {
-    nng_listener l;
-    int rv = nng_listener_create(&l, s->socket, s->url);
-    if (!rv) rv = nng_listener_set_size(l, NNG_OPT_RECVMAXSZ, WIRE_MAX);
-    if (!rv && path_of(s->url)) rv = nng_listener_set_int(l, NNG_OPT_IPC_PERMISSIONS, 0600);
-    return rv ? rv : nng_listener_start(l, 0);
+    nng_listener *l = &s->listener;
+    int rv = nng_listener_create(l, s->socket, s->url);
+    if (!rv) rv = nng_listener_set_size(*l, NNG_OPT_RECVMAXSZ, WIRE_MAX);
+    if (!rv && path_of(s->url)) rv = nng_listener_set_int(*l, NNG_OPT_IPC_PERMISSIONS, 0600);
+    return rv ? rv : nng_listener_start(*l, 0);
 }
 
 static void visitor_cb(nng_pipe pipe, nng_pipe_ev ev, void *arg) {
@@ -392,7 +393,8 @@ static void *door_main(void *arg) {
             continue;
         }
         (void)pthread_mutex_unlock(&s->lock);
-        if (!knock(s, before)) {
+        if (!knock(s, before) && !knock(s, before)) { /* once may be a machine out of breath */
+            (void)nng_listener_close(s->listener);
             (void)unlink(path_of(s->url));
             int rv = add_listener(s);
             ibid_log(IBID_LOG_WARN, "%s took no connections any more; listening anew: %s", s->url,
