@@ -80,8 +80,8 @@ ibidi_encoding ibidi_charset_detect(const char *p, size_t n) {
         if (!len && e.bad++ == 0) e.first_bad = i;
         i += len ? len : 1;
     }
-    /* A hundredth of control characters: not text in any of these sets. */
-    if (count_controls(p, n) > n / 100)
+    /* More than a few control characters, and over a hundredth: not text in any of these sets. */
+    if (count_controls(p, n) > 4 + n / 100)
         e.set = IBIDI_BINARY;
     else if (e.bad)
         e.set = good > 3 * e.bad ? IBIDI_UTF8_DAMAGED : IBIDI_WINDOWS_1252;

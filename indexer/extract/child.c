@@ -87,7 +87,9 @@ static void become_extractor(const char *program, char *const argv[], int file, 
     err = fcntl(err, F_DUPFD, 10);
     if (dup2(file, 0) < 0 || dup2(out, 1) < 0 || dup2(err, 2) < 0) _exit(126);
     (void)close_range(3, ~0U, 0);
-    limit(RLIMIT_CPU, l->cpu_s);
+    /* The soft limit's signal says what happened; the hard one follows a second later. */
+    struct rlimit cpu = {.rlim_cur = l->cpu_s, .rlim_max = l->cpu_s + 1};
+    (void)setrlimit(RLIMIT_CPU, &cpu);
     limit(RLIMIT_CORE, 0);
     limit(RLIMIT_FSIZE, 0);
     limit(RLIMIT_NOFILE, 64);
@@ -168,12 +170,12 @@ static ibid_err ended(ibid_extraction *x) {
     while (waitpid(pid, &status, 0) < 0 && errno == EINTR) continue;
     (void)kill(-pid, SIGKILL);
     x->pid = -1;
-    if (WIFSIGNALED(status) && (WTERMSIG(status) == SIGXCPU || WTERMSIG(status) == SIGKILL))
+    if (WIFSIGNALED(status) && WTERMSIG(status) == SIGXCPU)
         return ibid_fail(IBID_TIMEOUT, "reading it took more than %llu seconds of processor time",
                          (unsigned long long)x->limits.cpu_s);
     if (WIFSIGNALED(status))
-        return ibid_fail(IBID_IO, "the extractor crashed on it (signal %d)%s%s", WTERMSIG(status),
-                         x->n_said ? ": " : "", x->said);
+        return ibid_fail(IBID_IO, "the extractor was killed by it (signal %d)%s%s",
+                         WTERMSIG(status), x->n_said ? ": " : "", x->said);
     if (WEXITSTATUS(status) == 3)
         return ibid_fail(IBID_TOOBIG, "reading it needs more memory than %llu MiB",
                          (unsigned long long)(x->limits.memory >> 20));
