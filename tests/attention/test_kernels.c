@@ -846,9 +846,12 @@ static void test_maxsim(void **state) {
             int32_t got[31], want[31];
             uint32_t got_at[31], want_at[31];
             for (size_t j = 0; j < n_q * dim; j++) q[j] = (int8_t)(i % 3 == 2 ? -128 : (int)rnd());
-            for (size_t j = 0; j < n_keys * dim; j++) {
-                /* every third: few values, so that equal bests are common */
-                k[j] = (int8_t)(i % 3 == 0 ? (int)rnd() : i % 3 == 1 ? (int)(rnd() >> 31) : -128);
+            for (size_t j = 0; j < n_keys * dim; j++)
+                k[j] = (int8_t)(i % 3 == 2 ? -128 : (int)rnd());
+            for (size_t j = 0; j < n_keys && i % 3 == 1; j++) {
+                /* many equal keys: the first of the best must be named */
+                size_t from = rnd() % 5;
+                if (from < j) memcpy(k + j * dim, k + from * dim, dim);
             }
             ref->maxsim_i8(q, n_q, k, n_keys, dim, want, want_at);
             tested[b]->maxsim_i8(q, n_q, k, n_keys, dim, got, i % 4 ? got_at : NULL);
