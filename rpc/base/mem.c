@@ -25,7 +25,9 @@ void *ibid_alloc(size_t size) {
 }
 
 void *ibid_calloc(size_t n, size_t size) {
-    return must_fail() ? NULL : calloc(n ? n : 1, size ? size : 1);
+    size_t total; /* checked here too: sanitizers abort in calloc instead of returning NULL */
+    if (must_fail() || !ibid_mul_size(n, size, &total)) return NULL;
+    return calloc(n ? n : 1, size ? size : 1);
 }
 
 void *ibid_realloc(void *p, size_t size) {

@@ -370,6 +370,37 @@ static pid_t serve_elsewhere(void) {
     return pid;
 }
 
+/* Peers that connect and run make nng 1.5.2's listener deaf; ours must hear again, and calls on
+ * older connections must not notice. */
+static void test_deaf_listener(void **state) {
+    (void)state;
+    struct sockaddr_un a = {.sun_family = AF_UNIX};
+    ibid_client *c = NULL;
+    ok(ibid_client_open(fx.url, &fx.c));
+    pid_t pid = serve_elsewhere();
+    while (ibid_client_ping(fx.c, 1000, NULL, NULL) != IBID_OK) {
+    }
+    (void)snprintf(a.sun_path, sizeof a.sun_path, "%.100s", fx.url + strlen("ipc://"));
+    for (int i = 0; i < 50; i++) {
+        int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        assert_int_equal(connect(fd, (struct sockaddr *)&a, sizeof a), 0);
+        (void)close(fd);
+    }
+    uint64_t start = ibid_now_ns();
+    ibid_err e = IBID_TIMEOUT;
+    ok(ibid_client_open(fx.url, &c));
+    while (e && ibid_ms_since(start) < 20000) e = ibid_client_ping(c, 500, NULL, NULL);
+    ok(e);
+    ibid_client_close(c);
+    e = ibid_client_ping(fx.c, 1000, NULL, NULL); /* its connection may have been closed */
+    if (e) assert_int_equal(e, IBID_UNAVAIL);
+    ok(ibid_client_ping(fx.c, 1000, NULL, NULL));
+    ibid_client_close(fx.c);
+    fx.c = NULL;
+    (void)kill(pid, SIGKILL);
+    (void)waitpid(pid, NULL, 0);
+}
+
 static void *call_long_sleep(void *arg) {
     struct late_call *l = arg;
     uint64_t start = ibid_now_ns();
@@ -414,30 +445,6 @@ static void test_kill(void **state) {
     assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
     ibid_client_close(fx.c);
     fx.c = NULL;
-}
-
-/* Peers that connect and run make nng 1.5.2's listener deaf; ours must hear again, and calls on
- * older connections must not notice. */
-static void test_deaf_listener(void **state) {
-    (void)state;
-    struct sockaddr_un a = {.sun_family = AF_UNIX};
-    ibid_client *c = NULL;
-    ok(ibid_client_ping(fx.c, 1000, NULL, NULL));
-    (void)snprintf(a.sun_path, sizeof a.sun_path, "%.100s", fx.url + strlen("ipc://"));
-    for (int i = 0; i < 50; i++) {
-        int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-        assert_int_equal(connect(fd, (struct sockaddr *)&a, sizeof a), 0);
-        (void)close(fd);
-    }
-    uint64_t start = ibid_now_ns();
-    ibid_err e = IBID_TIMEOUT;
-    ok(ibid_client_open(fx.url, &c));
-    while (e && ibid_ms_since(start) < 20000) e = ibid_client_ping(c, 500, NULL, NULL);
-    ok(e);
-    ibid_client_close(c);
-    e = ibid_client_ping(fx.c, 1000, NULL, NULL); /* its connection may have been closed */
-    if (e) assert_int_equal(e, IBID_UNAVAIL);
-    ok(ibid_client_ping(fx.c, 1000, NULL, NULL));
 }
 
 static void test_socket_mode(void **state) {
@@ -680,7 +687,7 @@ int main(int argc, char **argv) {
         T(test_close_while_waiting),
         T(test_streams_stop),
     };
-    const struct CMUnitTest ipc_only[] = {T(test_socket_mode), T(test_deaf_listener),
+    const struct CMUnitTest ipc_only[] = {T(test_socket_mode), cmocka_unit_test(test_deaf_listener),
                                           cmocka_unit_test(test_kill)};
     if (argc == 3 && strcmp(argv[1], "--serve") == 0) return serve(argv[2]);
     if (argc == 3 && strcmp(argv[1], "--only") == 0) cmocka_set_test_filter(argv[2]);
