@@ -58,7 +58,7 @@ ibid_err ibidi_service_open(const ibid_opts *o, bool rooms, ibid_service *s) {
 ibid_err ibidi_service_store(ibid_service *s) {
     if (s->store) return IBID_OK;
     char dir[4096 + 8];
-    (void)snprintf(dir, sizeof dir, "%s/store", s->data);
+    (void)snprintf(dir, sizeof dir, "%s/" IBID_STORE_FOLDER, s->data);
     ibid_store_opts o = {.dir = dir, .readonly = true, .map_size = s->o->map_size};
     ibid_err e = ibid_store_open(&o, &s->store);
     if (e == IBID_NOTFOUND)
