@@ -3,7 +3,7 @@
  *
  * Traps handled there (docs/design.md section 2): RESENDTIME infinite and a server that drops a
  * request id it has already seen; RECVMAXSZ set before listening, and checked again by us because
- * inproc ignores it; sockets 0600. Long answers are streams, pulled by next(stream, seq). */
+ * inproc ignores it; sockets 0600; a listener that went deaf (see bus_nng.c). Long answers are streams, pulled by next(stream, seq). */
 #ifndef IBID_BUS_H
 #define IBID_BUS_H
 
@@ -79,7 +79,8 @@ ibid_err ibid_client_ping(ibid_client *c, uint64_t timeout_ms, uint64_t *pid, ui
 /* ---- Addresses ----
  * ipc://DIR/run/ROOM.sock for the data folder DIR (absolute), or, where that path is too long for a
  * UNIX socket, a 0700 folder named by DIR's hash under XDG_RUNTIME_DIR or /tmp. Creates the folder
- * (0700). inproc gives inproc://ibid-HASH/ROOM. */
+ * (0700). inproc gives inproc://ibid-HASH/ROOM. Beside each socket lies ROOM.sock.lock, held by the
+ * server that owns the address; it stays when the server ends. */
 ibid_err ibid_bus_url(const char *data_dir, const char *room, bool inproc,
                       char url[IBID_BUS_URL_MAX]);
 
