@@ -526,7 +526,7 @@ static ibid_err open_room(const ibid_host_opts *o, void **room) {
     r->cache_quota = env_bytes("IBID_FIND_CACHE_BYTES", (uint64_t)256 << 20);
     r->retry_ms = 10 * 60 * 1000;
     ibid_err e = IBID_OK;
-    int n = snprintf(r->store_dir, sizeof r->store_dir, "%s/store", o->data_dir);
+    int n = snprintf(r->store_dir, sizeof r->store_dir, "%s/" IBID_STORE_FOLDER, o->data_dir);
     if (n < 0 || (size_t)n >= sizeof r->store_dir)
         e = ibid_fail(IBID_INVAL, "the data folder's path is too long");
     (void)snprintf(r->data_dir, sizeof r->data_dir, "%s", o->data_dir);

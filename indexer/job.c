@@ -442,8 +442,6 @@ static ibid_err run(ibidi_work *w) {
         if (w->job->prune) e = prune(w);
         if (!e && w->job->cache) e = trim_cache(w);
     }
-    /* A hint only: the retriever looks at the store's generation before each search. */
-    if (w->generation && w->room->ret) (void)ibid_ret_notify(w->room->ret, w->generation);
     ibid_walk_fini(&walk);
     ibid_free(w->seen.slots);
     return e;
@@ -494,6 +492,8 @@ static void run_job(ibidi_room *r, ibidi_job *j) {
     ibid_err saved;
     do saved = ibidi_job_save(r, j);
     while (!stopped && ibidi_again(&w, &saved, &start));
+    /* A hint only: the retriever looks at the store's generation before each search. */
+    if (w.generation && !stopped) (void)ibid_ret_notify(r->ret, w.generation);
 }
 
 static void end_job(ibidi_room *r, ibidi_job *j) {

@@ -66,11 +66,6 @@ ibid_err ibid_extract_program(char *out, size_t room) {
                      self);
 }
 
-static void limit(int what, uint64_t value) {
-    struct rlimit r = {.rlim_cur = value, .rlim_max = value};
-    (void)setrlimit(what, &r);
-}
-
 /* In the child, between fork and exec: only calls that are safe there. */
 static void become_extractor(const char *program, char *const argv[], int file, int out, int err,
                              const ibid_extract_limits *l) {
@@ -90,10 +85,11 @@ static void become_extractor(const char *program, char *const argv[], int file, 
     /* The soft limit's signal says what happened; the hard one follows a second later. */
     struct rlimit cpu = {.rlim_cur = l->cpu_s, .rlim_max = l->cpu_s + 1};
     (void)setrlimit(RLIMIT_CPU, &cpu);
-    limit(RLIMIT_CORE, 0);
-    limit(RLIMIT_FSIZE, 0);
-    limit(RLIMIT_NOFILE, 64);
-    if (ADDRESS_SPACE_LIMITED) limit(RLIMIT_AS, l->memory);
+    const struct rlimit none_of_it = {0, 0}, files = {64, 64}, memory = {l->memory, l->memory};
+    (void)setrlimit(RLIMIT_CORE, &none_of_it);
+    (void)setrlimit(RLIMIT_FSIZE, &none_of_it);
+    (void)setrlimit(RLIMIT_NOFILE, &files);
+    if (ADDRESS_SPACE_LIMITED) (void)setrlimit(RLIMIT_AS, &memory);
     (void)execv(program, argv);
     _exit(127);
 }

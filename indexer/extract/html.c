@@ -347,7 +347,7 @@ static ibid_err find_title(const GumboNode *root, const char *name, ibid_buf *sc
 
 static ibid_err read_text(const char *name, ibid_str all, const ibidi_encoding *enc,
                           const ibid_extract_sink *sink) {
-    struct heap heap = {NULL};
+    struct heap heap = {.arena = NULL};
     GumboOutput *tree = NULL;
     ibid_buf title;
     struct html h = {.line_start = true};
@@ -387,7 +387,7 @@ ibid_err ibidi_extract_html(const char *name, const char *p, size_t n,
 }
 
 ibid_err ibidi_entity_decode(const char *p, size_t n, ibid_buf *out) {
-    struct heap heap = {NULL};
+    struct heap heap = {.arena = NULL};
     GumboOutput *tree = NULL;
     size_t before = out->len;
     ibid_err e = ibid_arena_open(4 * 1024 * 1024, &heap.arena);

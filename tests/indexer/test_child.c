@@ -103,9 +103,9 @@ static void pdf_pages(void **state) {
     struct outcome o;
     ibid_buf b;
     ibid_buf_init(&b, 1 << 20);
-    static const char *const pages[] = {"This is a rather long first line of a paragraph which\n"
-                                        "goes on in the next line.",
-                                        "", "Third page.", ""};
+    static const char two_lines[] = "This is a rather long first line of a paragraph which\n"
+                                    "goes on in the next line.";
+    const char *const pages[] = {two_lines, "", "Third page.", ""};
     assert_int_equal(test_pdf(&b, pages, 4), IBID_OK);
     run(&o, IBID_FORMAT_PDF, b.data, b.len, NULL);
     assert_int_equal(o.e, IBID_OK);
