@@ -1,37 +1,9 @@
 #include "rpc/front/service.h"
+#include "rpc/bus/host.h"
 #include "rpc/front/supervisor.h"
 
-#include <errno.h>
-#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
-static ibid_err find_data(const ibid_opts *o, char out[4096]) {
-    char path[4096];
-    const char *xdg = getenv("XDG_DATA_HOME"), *home = getenv("HOME");
-    int n;
-    if (o->data && *o->data)
-        n = snprintf(path, sizeof path, "%s", o->data);
-    else if (xdg && *xdg)
-        n = snprintf(path, sizeof path, "%s/ibid", xdg);
-    else if (home && *home)
-        n = snprintf(path, sizeof path, "%s/.local/share/ibid", home);
-    else
-        return ibid_fail(IBID_INVAL, "HOME is not set: say where the data lies with --data DIR");
-    if (n < 0 || (size_t)n >= sizeof path)
-        return ibid_fail(IBID_INVAL, "the data path is too long");
-    if (path[0] == '/') {
-        (void)snprintf(out, 4096, "%s", path);
-        return IBID_OK;
-    }
-    char cwd[2048];
-    if (!getcwd(cwd, sizeof cwd)) return ibid_fail_errno(errno, "no current folder", "");
-    if ((size_t)snprintf(out, 4096, "%s/%s", cwd, path) >= 4096)
-        return ibid_fail(IBID_INVAL, "the data path is too long");
-    return IBID_OK;
-}
 
 static ibid_err open_client(const ibid_service *s, const char *room, ibid_client **out) {
     char url[IBID_BUS_URL_MAX];
@@ -41,7 +13,7 @@ static ibid_err open_client(const ibid_service *s, const char *room, ibid_client
 
 ibid_err ibidi_service_open(const ibid_opts *o, bool rooms, ibid_service *s) {
     *s = (ibid_service){.o = o};
-    ibid_err e = find_data(o, s->data);
+    ibid_err e = ibid_host_data_dir(o->data, s->data);
     if (e || !rooms) return e;
     if (ibidi_supervisor_pid(s->data) == 0) {
         (void)fprintf(stderr, "ibid: starting the service for %s (ibid down stops it)\n", s->data);
