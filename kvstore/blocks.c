@@ -189,16 +189,46 @@ static ibid_err write_keys(ibidi_writer *w, const ibid_keys *keys, uint64_t numb
     return ibidi_keys_write(&w->t, number, keys);
 }
 
+/* KV that fails its check counts as lacking: putting the block again repairs it. */
+static bool values_are_whole(ibidi_writer *w, uint64_t number, const ibidi_block_state *st) {
+    for (size_t layer = 0; layer < st->n_layers; layer++) {
+        ibidi_key k = ibidi_key_u64_u16(number, layer);
+        ibidi_slice v;
+        ibid_kv_view view;
+        uint64_t owner;
+        size_t at;
+        if (ibidi_raw_get(&w->t, IBIDI_KV, &k, &v) != IBID_OK || v.n != st->value_size ||
+            ibid_kv_value_open(v.p, v.n, true, &owner, &at, &view) != IBID_OK || owner != number ||
+            at != layer)
+            return false;
+    }
+    return st->n_layers > 0;
+}
+
+static ibid_err drop_kv(ibidi_writer *w, uint64_t number, ibidi_block_state *st) {
+    for (size_t layer = 0; layer < st->n_layers; layer++) {
+        ibidi_key k = ibidi_key_u64_u16(number, layer);
+        ibid_err e = ibidi_del(&w->t, IBIDI_KV, &k);
+        if (e && e != IBID_NOTFOUND) return e; /* a lost value is no reason to keep the rest */
+    }
+    st->n_layers = st->value_size = 0;
+    return IBID_OK;
+}
+
 static ibid_err put_one(ibidi_writer *w, const put_args *a, size_t i) {
     const ibid_block_put *b = &a->b[i];
     ibidi_block_state old, now;
     uint64_t number;
     bool fresh;
     ibid_err e = find_or_add(w, a, i, &number, &old, &fresh);
+    if (e) return e;
     now = old;
     now.last_use_ms = a->now_ms > old.last_use_ms ? a->now_ms : old.last_use_ms;
-    if (!e && b->job) e = ibidi_hold_take(w, b->job, number, &now);
-    if (!e && b->values && now.n_layers == 0) e = write_values(w, a, i, number, &now);
+    if (b->job) e = ibidi_hold_take(w, b->job, number, &now);
+    if (!e && b->values && !values_are_whole(w, number, &now)) {
+        e = drop_kv(w, number, &now);
+        if (!e) e = write_values(w, a, i, number, &now);
+    }
     ibid_keys keys = {b->calibration, b->n_tokens, b->keys_dim, b->keys};
     if (!e && b->keys) e = write_keys(w, &keys, number, &now);
     if (!e) e = ibidi_block_update(w, number, fresh ? NULL : &old, &now);
@@ -405,16 +435,6 @@ typedef struct collect_args {
     ibid_collected out;
     uint64_t last_use_max; /* orphans used later than this are left alone */
 } collect_args;
-
-static ibid_err drop_kv(ibidi_writer *w, uint64_t number, ibidi_block_state *st) {
-    for (size_t layer = 0; layer < st->n_layers; layer++) {
-        ibidi_key k = ibidi_key_u64_u16(number, layer);
-        ibid_err e = ibidi_del(&w->t, IBIDI_KV, &k);
-        if (e && e != IBID_NOTFOUND) return e; /* a lost value is no reason to keep the rest */
-    }
-    st->n_layers = st->value_size = 0;
-    return IBID_OK;
-}
 
 static ibid_err delete_block(ibidi_writer *w, uint64_t number, const ibidi_block_state *st) {
     ibidi_block_state now = *st;

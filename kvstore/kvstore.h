@@ -185,8 +185,9 @@ ibid_err ibid_snap_each_document(ibid_snap *n, ibid_str collection, uint64_t aft
 ibid_err ibid_snap_each_use(ibid_snap *n, uint64_t block,
                             ibid_err (*fn)(void *, uint64_t document, uint64_t chunk), void *arg);
 ibid_err ibid_snap_each_block(ibid_snap *n, ibid_err (*fn)(void *, const ibid_block *), void *arg);
-/* Changes with generation > after, ascending. Errors: NOTFOUND when that history was compacted away:
- * rebuild from the documents instead. */
+/* Changes with generation > after, ascending, without a gap. Errors: NOTFOUND when that history was
+ * compacted away, or `after` is later than the store (it was restored): rebuild from the documents
+ * instead. */
 ibid_err ibid_snap_each_change(ibid_snap *n, uint64_t after,
                                ibid_err (*fn)(void *, const ibid_change *), void *arg);
 ibid_err ibid_snap_job(ibid_snap *n, uint64_t id, ibid_job *out);
@@ -220,20 +221,26 @@ typedef struct ibid_document_put {
 
 /* All are durable when they return IBID_OK (fsynced), and all or nothing. Errors of every one:
  * DISKFULL (nothing changed; reads go on), IO (the store has stopped acknowledging: reopen). */
+/* The model must be stored already. Errors: INVAL (name), EXISTS, NOTFOUND (no such model). */
 ibid_err ibid_store_collection_create(ibid_store *s, ibid_str name, const ibid_hash *model);
 ibid_err ibid_store_collection_drop(ibid_store *s, ibid_str name);
 ibid_err ibid_store_model_put(ibid_store *s, const ibid_model_record *m);
 ibid_err ibid_store_prefix_put(ibid_store *s, const ibid_hash *prefix, size_t n_layers,
                                const void *const *values, size_t value_size);
 /* Stores several blocks in one transaction; existing equal ones are kept, gain a hold, and get KV or
- * keys they lacked. numbers[n] out. Errors: MISMATCH (hash equal, tokens not), BUDGET. */
+ * keys they lacked, or whose check fails: after CORRUPT from a read, encode and put again. numbers[n]
+ * out. A block put without a job is an orphan until a document uses it; ibid-kvstore leaves it two
+ * minutes for that. Errors: MISMATCH (hash equal, tokens not), BUDGET, INVAL, CORRUPT (a value fails its
+ * own check), NOTFOUND (no such job), CANCELLED (the job has ended). */
 ibid_err ibid_store_blocks_put(ibid_store *s, const ibid_block_put *b, size_t n, uint64_t *numbers);
 /* Takes a hold of existing blocks for a job, so that eviction and orphan collection spare them. */
 ibid_err ibid_store_blocks_hold(ibid_store *s, uint64_t job, const uint64_t *blocks, size_t n);
 /* Replaces token keys (recalibration): one call per batch. */
 ibid_err ibid_store_keys_put(ibid_store *s, const ibid_hash *calibration, uint64_t block,
                              const int8_t *keys, size_t n_tokens, size_t dim);
-/* Adds or replaces a document atomically: chunk list, text, refcounts, uses, change row. */
+/* Adds or replaces a document atomically: chunk list, text, refcounts, uses, change row; drops the
+ * job's holds of its blocks. Errors: NOCOLLECTION, NOTFOUND (a chunk's block is not stored), MISMATCH (a
+ * block of another model than the collection's), INVAL, TOOBIG. */
 ibid_err ibid_store_document_put(ibid_store *s, const ibid_document_put *d, uint64_t *number,
                                  uint64_t *generation);
 ibid_err ibid_store_document_delete(ibid_store *s, ibid_str collection, ibid_str id,

@@ -5,7 +5,12 @@
 
 #include <zstd.h>
 
-enum { WRITE_MS = 120000, VERIFY_MS = 3600000, TEXT_PLAIN_MAX = 16 * 1024 * 1024 };
+enum {
+    WRITE_MS = 120000,
+    TOUCH_MS = 2000, /* a hint on the way of a question: better lost than waited for */
+    VERIFY_MS = 3600000,
+    TEXT_PLAIN_MAX = 16 * 1024 * 1024
+};
 
 static void enc_str(ibid_enc *m, const char *key, ibid_str s) {
     ibid_enc_str(m, key, s.s ? s.s : "", s.n);
@@ -273,7 +278,7 @@ ibid_err ibid_kvc_touch(ibid_client *c, const uint64_t *blocks, size_t n) {
     ibid_enc m;
     begin(&m);
     enc_u64s(&m, "blocks", blocks, n);
-    return finish(c, "kvstore.touch", &m, WRITE_MS, NULL);
+    return finish(c, "kvstore.touch", &m, TOUCH_MS, NULL);
 }
 
 ibid_err ibid_kvc_collect(ibid_client *c, ibid_collected *out) {

@@ -502,7 +502,10 @@ void ibidi_env_release(ibidi_env *v, bool writer) {
     (void)pthread_mutex_lock(&registry_mu);
     if (writer && --v->writers == 0) unlock_writer(v);
     v->refs--;
-    if (v->refs == 0 && v->active == 0) {
+    (void)pthread_mutex_lock(&v->mu);
+    bool busy = v->active > 0;
+    (void)pthread_mutex_unlock(&v->mu);
+    if (v->refs == 0 && !busy) {
         ibidi_env **at = &registry;
         while (*at != v) at = &(*at)->next;
         *at = v->next;
