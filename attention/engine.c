@@ -33,9 +33,15 @@ static size_t max_size(size_t a, size_t b) {
     return a > b ? a : b;
 }
 
+/* The widest input of a linear layer. */
+static size_t max_cols(const ibid_engine *e) {
+    return max_size(max_size(e->m->n_embd, e->m->n_ff), e->q_dim);
+}
+
 static size_t matmul_bytes(const ibid_engine *e) {
-    size_t cols = max_size(max_size(e->m->n_embd, e->m->n_ff), e->q_dim);
-    return max_size(e->k->matmul_scratch(cols, 1), e->k->matmul_scratch(cols, IBIDI_CHUNK));
+    size_t cols = max_cols(e);
+    size_t n = max_size(e->k->matmul_scratch(cols, 1), e->k->matmul_scratch(cols, IBIDI_CHUNK));
+    return e->int8 ? max_size(n, e->k->matmul_q8_scratch(cols)) : n;
 }
 
 static void carve_threads(ibid_engine *e, carver *c) {
@@ -65,6 +71,7 @@ static void carve_rows(ibid_engine *e, carver *c, size_t n) {
     r->cos = carve(c, n, m->rope.n_rot / 2 * sizeof(float));
     r->sin = carve(c, n, m->rope.n_rot / 2 * sizeof(float));
     r->lse = carve(c, n, m->n_heads * sizeof(float));
+    r->packed = e->int8 ? carve(c, n, e->k->q8_bytes(ibid_align_up(max_cols(e), 32))) : NULL;
 }
 
 static ibid_err open_threads(ibid_engine *e) {
@@ -104,6 +111,7 @@ ibid_err ibid_engine_open(const ibid_model *m, const ibid_engine_opts *o, ibid_e
         (err = ibid_pool_open(o ? o->n_threads : 0, &e->pool)))
         goto done;
     e->n_threads = ibid_pool_size(e->pool);
+    e->int8 = o && o->int8 && e->k->matmul_q8;
     if ((err = open_threads(e))) goto done;
     *out = e;
     e = NULL;

@@ -75,6 +75,7 @@ typedef struct ibidi_rows {
     float *gate, *up; /* [n_ff] */
     float *cos, *sin; /* [n_rot / 2] of the row's position */
     float *lse;       /* [n_heads] */
+    uint8_t *packed;  /* a linear layer's input in 8 bits; NULL unless int8 */
     size_t room;      /* rows there is space for */
 } ibidi_rows;
 
@@ -82,6 +83,7 @@ struct ibid_engine {
     const ibid_model *m;
     const ibid_kernels *k;
     ibid_pool *pool;
+    bool int8;
     size_t n_threads, group, q_dim, kv_dim, wide, tile_rows;
     float scale; /* 1 / sqrt(head_dim) */
     size_t page_floats;

@@ -5,6 +5,7 @@ enum {
     PANEL = 64,     /* weight rows of a part: what the kernels unpack at once */
     PANEL_FEW = 32, /* when weights are streamed for few rows of x */
     FEW = 4,
+    LEAST_INT8 = 16, /* rows for which packing x pays */
     LEAST_ROWS = 64, /* of x, in a part: below, unpacking weights would weigh too much */
     PARTS_PER_THREAD = 8,
     ROWS_PER_PART = 8
@@ -16,7 +17,9 @@ typedef struct linear_job {
     size_t ldx, n;
     const ibidi_out *out;
     bool swiglu;
-    size_t panel, n_cuts; /* of x's rows */
+    const uint8_t *packed; /* x in 8 bits, or NULL */
+    size_t packed_bytes;   /* of a row */
+    size_t panel, n_cuts;  /* of x's rows */
 } linear_job;
 
 static void linear_part(void *arg, size_t part, size_t thread) {
@@ -32,16 +35,41 @@ static void linear_part(void *arg, size_t part, size_t thread) {
     }
     size_t r0 = panel * j->panel, rows = j->out[o].w->rows, r1 = r0 + j->panel;
     if (r1 > rows) r1 = rows;
-    const float *x = j->x + i0 * j->ldx;
     for (size_t w = o; w <= o + j->swiglu; w++) {
         const ibidi_out *out = &j->out[w];
-        k->matmul(out->w, r0, r1, x, j->ldx, n, out->y + i0 * out->ldy, out->ldy, scratch);
+        float *y = out->y + i0 * out->ldy;
+        if (j->packed)
+            k->matmul_q8(out->w, r0, r1, j->packed + i0 * j->packed_bytes, n, y, out->ldy, scratch);
+        else
+            k->matmul(out->w, r0, r1, j->x + i0 * j->ldx, j->ldx, n, y, out->ldy, scratch);
     }
     if (!j->swiglu) return;
     for (size_t i = i0; i < i0 + n; i++) {
         k->swiglu(j->out[0].y + i * j->out[0].ldy + r0, j->out[1].y + i * j->out[1].ldy + r0,
                   r1 - r0);
     }
+}
+
+static void pack_part(void *arg, size_t part, size_t thread) {
+    const linear_job *j = arg;
+    size_t i = part * ROWS_PER_PART, n = j->n - i < ROWS_PER_PART ? j->n - i : ROWS_PER_PART;
+    (void)thread;
+    j->e->k->q8_pack(j->x + i * j->ldx, j->ldx, n, j->out[0].w->cols,
+                     j->e->rows.packed + i * j->packed_bytes);
+}
+
+static bool is_quantised(ibid_type t) {
+    return t == IBID_Q4_0 || t == IBID_Q4_1 || t == IBID_Q8_0;
+}
+
+static void pack(linear_job *j, size_t n_out) {
+    if (!j->e->int8 || j->n < LEAST_INT8) return;
+    for (size_t i = 0; i < n_out; i++) {
+        if (!is_quantised(j->out[i].w->type)) return;
+    }
+    j->packed = j->e->rows.packed;
+    j->packed_bytes = j->e->k->q8_bytes(j->out[0].w->cols);
+    ibid_pool_run(j->e->pool, (j->n + ROWS_PER_PART - 1) / ROWS_PER_PART, pack_part, j);
 }
 
 void ibidi_linear(ibid_engine *e, const float *x, size_t ldx, size_t n, const ibidi_out *o,
@@ -56,6 +84,7 @@ void ibidi_linear(ibid_engine *e, const float *x, size_t ldx, size_t n, const ib
     if (e->n_threads > 1) {
         while (n_panels * j.n_cuts < want && n / (j.n_cuts + 1) >= LEAST_ROWS) j.n_cuts++;
     }
+    pack(&j, n_out);
     ibid_pool_run(e->pool, n_panels * j.n_cuts, linear_part, &j);
 }
 

@@ -101,42 +101,87 @@ static void check_section(reader *r, const float *logits, size_t n, size_t vocab
     assert_true(lse_diff < most_lse);
 }
 
-static void test_golden(void **state) {
+typedef struct golden {
+    reader r; /* at the first section */
+    ibid_model *m;
+    size_t n;
+    int32_t *tokens;
+} golden;
+
+static golden open_golden(void) {
+    golden g = {.r = read_golden()};
     const char *path = fx_default_model();
-    ibid_model *m = NULL;
+    char magic[4];
+    assert_non_null(path);
+    must(ibid_model_open(path, &(ibid_hash){{0}}, &g.m));
+    take(&g.r, magic, 4);
+    assert_memory_equal(magic, "IBLG", 4);
+    assert_int_equal(take_u32(&g.r), 1);
+    g.n = take_u32(&g.r);
+    assert_int_equal(take_u32(&g.r), g.m->n_vocab);
+    g.r.at += take_u32(&g.r); /* the text */
+    assert_true(g.n >= 500 && g.n < g.m->n_ctx);
+    g.tokens = calloc(g.n, sizeof *g.tokens);
+    take(&g.r, g.tokens, g.n * sizeof *g.tokens);
+    return g;
+}
+
+static void close_golden(golden *g) {
+    ibid_model_close(g->m);
+    free(g->r.data);
+    free(g->tokens);
+}
+
+/* Logits of all positions. */
+static float *run(const golden *g, bool int8) {
     ibid_engine *e = NULL;
     ibid_seq *s = NULL;
-    char magic[4];
-    (void)state;
-    if (!path) skip();
-    reader r = read_golden();
-    take(&r, magic, 4);
-    assert_memory_equal(magic, "IBLG", 4);
-    assert_int_equal(take_u32(&r), 1);
-    size_t n = take_u32(&r), vocab = take_u32(&r);
-    r.at += take_u32(&r); /* the text */
-    must(ibid_model_open(path, &(ibid_hash){{0}}, &m));
-    assert_int_equal(vocab, m->n_vocab);
-    assert_true(n >= 500 && n < m->n_ctx);
-    int32_t *tokens = calloc(n, sizeof *tokens);
-    take(&r, tokens, n * sizeof *tokens);
-    float *logits = calloc(n * vocab, sizeof *logits);
-    must(ibid_engine_open(m, NULL, &e));
-    must(ibid_seq_open(e, n, &s));
-    fx_forward(e, s, 0, tokens, n, n, logits);
-    check_section(&r, logits, n, vocab, "F32 re-export", -1, 5e-3);
-    check_section(&r, logits, n, vocab, "Q4_1", 0.1f, 1);
-    assert_int_equal(r.at, r.n);
+    float *logits = calloc(g->n * g->m->n_vocab, sizeof *logits);
+    must(ibid_engine_open(g->m, &(ibid_engine_opts){.int8 = int8}, &e));
+    must(ibid_seq_open(e, g->n, &s));
+    fx_forward(e, s, 0, g->tokens, g->n, g->n, logits);
     ibid_seq_close(s);
     ibid_engine_close(e);
-    ibid_model_close(m);
-    free(r.data);
-    free(tokens);
+    return logits;
+}
+
+static void test_golden(void **state) {
+    golden g = open_golden();
+    size_t vocab = g.m->n_vocab;
+    float *logits = run(&g, false);
+    (void)state;
+    check_section(&g.r, logits, g.n, vocab, "F32 re-export", -1, 5e-3);
+    check_section(&g.r, logits, g.n, vocab, "Q4_1", 0.1f, 1);
+    assert_int_equal(g.r.at, g.r.n);
     free(logits);
+    close_golden(&g);
+}
+
+/* Activations in 8 bits, against the exact ones. */
+static void test_int8(void **state) {
+    golden g = open_golden();
+    size_t vocab = g.m->n_vocab, equal = 0;
+    float *exact = run(&g, false), *rounded = run(&g, true);
+    double kl = 0, worst = 0;
+    (void)state;
+    for (size_t i = 0; i < g.n; i++) {
+        const float *a = exact + i * vocab, *b = rounded + i * vocab;
+        double one = fx_kl(a, b, vocab);
+        kl += one / (double)g.n;
+        worst = fmax(worst, one);
+        equal += best_of(a, vocab) == best_of(b, vocab);
+    }
+    printf("int8 activations: KL mean %.2g, worst %.2g; top-1 equal on %zu of %zu\n", kl, worst,
+           equal, g.n);
+    assert_true(kl >= 0 && kl < 5e-3);
+    assert_true((double)equal >= 0.97 * (double)g.n);
+    free(exact);
+    free(rounded);
+    close_golden(&g);
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_golden)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_golden), cmocka_unit_test(test_int8)};
     if (!fx_default_model()) return 77;
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,9 +1,9 @@
 /* Times the engine on one model and prints a JSON line per case: median of the runs, tokens/s or
  * ms.
  *
- * usage: bench_engine MODEL.gguf [--threads N] [--kernels NAME] [--runs N] [--only CASE]
- * cases: prefill blocks decode stored recompute
- * Stored KV is filled with small random values: timing does not depend on them. */
+ * usage: bench_engine MODEL.gguf [--threads N] [--kernels NAME] [--runs N] [--int8 0|1] [--only
+ * CASE] cases: prefill blocks decode stored recompute Stored KV is filled with small random values:
+ * timing does not depend on them. */
 #include "attention/plan/recompute.h"
 #include "rpc/base/clock.h"
 #include "rpc/base/mem.h"
@@ -18,6 +18,7 @@ typedef struct bench {
     ibid_model *m;
     ibid_engine *e;
     const char *kernels, *only;
+    bool int8;
     size_t n_threads;
     int n_runs;
     int32_t *tokens;
@@ -199,6 +200,8 @@ static bool read_options(bench *b, int argc, char **argv) {
             b->kernels = argv[i + 1];
         else if (strcmp(argv[i], "--runs") == 0)
             b->n_runs = (int)strtol(argv[i + 1], NULL, 10);
+        else if (strcmp(argv[i], "--int8") == 0)
+            b->int8 = strcmp(argv[i + 1], "1") == 0;
         else if (strcmp(argv[i], "--only") == 0)
             b->only = argv[i + 1];
         else
@@ -210,12 +213,13 @@ static bool read_options(bench *b, int argc, char **argv) {
 int main(int argc, char **argv) {
     bench b = {.n_runs = 5};
     if (!read_options(&b, argc, argv)) {
-        (void)fprintf(stderr, "usage: bench_engine MODEL.gguf [--threads N] [--kernels NAME] "
-                              "[--runs N] [--only prefill|blocks|decode|stored|recompute]\n");
+        (void)fprintf(stderr,
+                      "usage: bench_engine MODEL.gguf [--threads N] [--kernels NAME] "
+                      "[--runs N] [--int8 0|1] [--only prefill|blocks|decode|stored|recompute]\n");
         return 2;
     }
     check(ibid_model_open(argv[1], &(ibid_hash){{0}}, &b.m));
-    check(ibid_engine_open(b.m, &(ibid_engine_opts){b.kernels, b.n_threads}, &b.e));
+    check(ibid_engine_open(b.m, &(ibid_engine_opts){b.kernels, b.n_threads, b.int8}, &b.e));
     b.tokens = need(b.m->n_ctx, sizeof *b.tokens);
     b.positions = need(b.m->n_ctx, sizeof *b.positions);
     b.logits = need(b.m->n_vocab, sizeof *b.logits);
