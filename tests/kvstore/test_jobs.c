@@ -4,9 +4,11 @@
 #include "kvstore/store_internal.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static char dir[256];
@@ -157,6 +159,42 @@ static void handles_share(void **st) {
     assert_sound(s);
 }
 
+/* Reader slots run out with a typed error, come back when snapshots end, and those of a process
+ * that was killed are taken back. */
+static void reader_slots(void **st) {
+    (void)st;
+    enum { MANY = 600, OTHERS = 300 };
+    static ibid_snap *snaps[MANY];
+    size_t n = 0;
+    ibid_err e = IBID_OK;
+    for (; n < MANY && !e; n += !e) e = ibid_snap_begin(s, &snaps[n]);
+    assert_int_equal(e, IBID_BUSY);
+    assert_true(n >= 126);
+    size_t slots = n;
+    while (n > 0) ibid_snap_end(snaps[--n]);
+
+    int ready[2];
+    assert_int_equal(pipe(ready), 0);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        ibid_store *r = NULL;
+        if (ibid_store_open(&(ibid_store_opts){.dir = dir, .readonly = true}, &r)) _exit(1);
+        for (size_t i = 0; i < OTHERS; i++)
+            if (ibid_snap_begin(r, &snaps[i])) _exit(1);
+        if (write(ready[1], "x", 1) != 1) _exit(1);
+        (void)pause();
+    }
+    char x;
+    assert_int_equal(read(ready[0], &x, 1), 1);
+    (void)close(ready[0]);
+    (void)close(ready[1]);
+    (void)kill(child, SIGKILL);
+    assert_int_equal(waitpid(child, NULL, 0), child);
+    for (; n < slots; n++) assert_ok(ibid_snap_begin(s, &snaps[n]));
+    while (n > 0) ibid_snap_end(snaps[--n]);
+}
+
 /* A map that is too small grows under readers that come and go. */
 static atomic_bool stop_reading;
 static void *read_on(void *arg) {
@@ -250,8 +288,8 @@ static void readers_see_whole_documents(void **st) {
 int main(void) {
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
     const struct CMUnitTest tests[] = {
-        T(jobs),          T(history_is_bounded), T(old_snapshots_answer_busy),
-        T(handles_share), T(the_map_grows),      T(readers_see_whole_documents),
+        T(jobs),         T(history_is_bounded), T(old_snapshots_answer_busy),   T(handles_share),
+        T(reader_slots), T(the_map_grows),      T(readers_see_whole_documents),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
