@@ -436,18 +436,30 @@ typedef struct collect_args {
     uint64_t last_use_max; /* orphans used later than this are left alone */
 } collect_args;
 
-static ibid_err delete_block(ibidi_writer *w, uint64_t number, const ibidi_block_state *st) {
-    ibidi_block_state now = *st;
+/* A block whose record fails its check stays for `ibid verify` to show: its hash row is not known.
+ */
+static ibid_err delete_block(ibidi_writer *w, uint64_t number, bool *deleted) {
+    ibidi_block_state st, now;
     ibid_block b;
     ibidi_key k = ibidi_key_1(number);
-    ibid_err e = ibidi_block_get(&w->t, number, w->arena, &b);
+    ibid_err e = ibidi_block_state_get(&w->t, number, &st);
+    if (!e) e = ibidi_block_get(&w->t, number, w->arena, &b);
+    *deleted = false;
+    if (e == IBID_CORRUPT || e == IBID_NOTFOUND) {
+        ibid_log(IBID_LOG_ERROR, "cannot delete block %llu: %s", (unsigned long long)number,
+                 ibid_err_detail());
+        return IBID_OK;
+    }
     if (e) return e;
     ibidi_key h = ibidi_key_hash(&b.hash);
+    now = st;
     e = drop_kv(w, number, &now);
-    if (!e && st->key_bytes) e = gone_wrong(ibidi_del(&w->t, IBIDI_KEYS, &k), IBIDI_KEYS, &k);
+    if (!e && st.key_bytes) e = gone_wrong(ibidi_del(&w->t, IBIDI_KEYS, &k), IBIDI_KEYS, &k);
     if (!e) e = gone_wrong(ibidi_del(&w->t, IBIDI_BLOCK_HASH, &h), IBIDI_BLOCK_HASH, &h);
     if (!e) e = ibidi_del(&w->t, IBIDI_BLOCK, &k);
-    return e ? e : ibidi_block_update(w, number, st, NULL);
+    if (!e) e = ibidi_block_update(w, number, &st, NULL);
+    *deleted = e == IBID_OK;
+    return e;
 }
 
 /* Up to max numbers, in key order, from the last 8 bytes of keys: of the orphan table those old
@@ -486,11 +498,11 @@ static ibid_err collect(ibidi_writer *w, void *arg) {
     a->out = (ibid_collected){.orphans = 0};
     ibid_err e = candidates(w, IBIDI_ORPHAN, a, COLLECT_MAX, numbers, &n);
     for (size_t i = 0; i < n && !e; i++) {
-        e = ibidi_block_state_get(&w->t, numbers[i], &st);
-        if (!e) e = delete_block(w, numbers[i], &st);
-        if (!e) a->out.orphans++;
+        bool deleted;
+        e = delete_block(w, numbers[i], &deleted);
+        if (!e && deleted) a->out.orphans++;
     }
-    if (!e && n == COLLECT_MAX) a->out.more = true;
+    if (!e && n == COLLECT_MAX && a->out.orphans) a->out.more = true;
     if (!e && over_budget(&w->st)) {
         e = candidates(w, IBIDI_LRU, a, COLLECT_MAX, numbers, &n);
         for (size_t i = 0; i < n && !e && over_budget(&w->st); i++) {

@@ -166,6 +166,15 @@ static int open_dbis(ibidi_env *v, MDB_txn *txn, unsigned flags) {
     return 0;
 }
 
+/* A new file's name is durable only with its folder. */
+static ibid_err sync_folder(const char *path) {
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) return ibid_fail_errno(errno, "cannot open", path);
+    int rc = fsync(fd), err = errno;
+    (void)close(fd);
+    return rc == 0 ? IBID_OK : ibid_fail_errno(err, "cannot write", path);
+}
+
 /* Opens every table; a writer creates them, with the first state row, in one transaction. */
 static ibid_err open_tables(ibidi_env *v, MDB_env *env, bool rw) {
     MDB_txn *txn = NULL;
@@ -196,7 +205,7 @@ static ibid_err open_tables(ibidi_env *v, MDB_env *env, bool rw) {
             rc = mdb_txn_commit(txn);
         if (e) return e;
     }
-    return rc ? fail_mdb(v, rc, "cannot create the tables", 0) : IBID_OK;
+    return rc ? fail_mdb(v, rc, "cannot create the tables", 0) : sync_folder(v->path);
 }
 
 static int open_at(const ibidi_env *v, bool rw, uint64_t size, MDB_env **out) {

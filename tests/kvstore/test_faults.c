@@ -499,6 +499,39 @@ static void file_size_limit(void **st) {
     assert_int_equal(rc, 0);
 }
 
+/* ---- Little address space: the map is made smaller, and data still goes in ---- */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define SANITIZED 1
+#endif
+#endif
+#ifndef SANITIZED
+#define SANITIZED 0 /* sanitizers need more address space than the limit leaves */
+#endif
+
+static int in_little_space(void) {
+    struct rlimit lim = {(rlim_t)4 << 30, (rlim_t)4 << 30};
+    ibid_store *s = NULL;
+    ibid_store_stats stats;
+    if (SANITIZED || setrlimit(RLIMIT_AS, &lim) != 0) return 77;
+    NEED(ibid_store_open(&(ibid_store_opts){.dir = dir}, &s) == IBID_OK);
+    stats_of(s, &stats);
+    NEED(stats.map_size >= 1 << 28 && stats.map_size <= (uint64_t)4 << 30);
+    (void)block_put(s, 1, 100, 0);
+    assert_sound(s);
+    ibid_store_close(s);
+    return 0;
+}
+
+static void little_address_space(void **st) {
+    (void)st;
+    int rc = in_child(in_little_space);
+    if (rc == 77) skip();
+    assert_int_equal(rc, 0);
+}
+
 /* ---- Failing allocations ---- */
 
 static ibid_err scenario(void) {
@@ -673,6 +706,7 @@ int main(void) {
         T(cut_off_files),
         T(full_disk),
         T(file_size_limit),
+        T(little_address_space),
         T(every_allocation_fails_once),
         T(random_walk),
     };
