@@ -20,7 +20,7 @@ struct place {
 };
 
 struct doc {
-    ibidi_work *w;
+    ibidi_ix_work *w;
     const ibid_walk_file *file;
     ibid_hash file_hash;
     bool of_file; /* the document is the file itself, not a line of it */
@@ -87,15 +87,15 @@ struct stored {
     char reason[256];
 };
 
-static ibid_err look_up(ibidi_work *w, ibid_str id, const char *path, struct stored *out) {
+static ibid_err look_up(ibidi_ix_work *w, ibid_str id, const char *path, struct stored *out) {
     ibid_snap *n = NULL;
     ibid_document d;
     *out = (struct stored){0};
     ibid_err e = ibid_snap_begin(w->store, &n);
-    if (!e) e = ibid_snap_document(n, ibidi_istr(w->job->collection), id, &d);
+    if (!e) e = ibid_snap_document(n, ibidi_ix_istr(w->job->collection), id, &d);
     if (!e) {
         out->exists = true;
-        out->mine = ibidi_str_is(d.source, ibidi_istr(path));
+        out->mine = ibidi_ix_str_is(d.source, ibidi_ix_istr(path));
         out->state = d.state;
         out->content = d.content;
         out->by_this_job = d.indexed_ms >= w->job->created_ms;
@@ -112,31 +112,33 @@ static bool same(const struct stored *s, const ibid_hash *content) {
 
 /* ---- Committing ---- */
 
-static ibid_err put_document(ibidi_work *w, const ibid_document_put *put) {
+static ibid_err put_document(ibidi_ix_work *w, const ibid_document_put *put) {
     uint64_t number = 0, generation = 0, start = 0;
     ibid_err e;
     do e = ibid_kvc_document_put(w->room->kv, put, &number, &generation);
-    while (ibidi_again(w, &e, &start));
+    while (ibidi_ix_again(w, &e, &start));
     if (!e) w->generation = generation;
     return e;
 }
 
-static ibid_err delete_document(ibidi_work *w, ibid_str id) {
+static ibid_err delete_document(ibidi_ix_work *w, ibid_str id) {
     uint64_t generation = 0, start = 0;
     ibid_err e;
-    do e = ibid_kvc_document_delete(w->room->kv, ibidi_istr(w->job->collection), id, &generation);
-    while (ibidi_again(w, &e, &start));
+    do
+        e = ibid_kvc_document_delete(w->room->kv, ibidi_ix_istr(w->job->collection), id,
+                                     &generation);
+    while (ibidi_ix_again(w, &e, &start));
     if (!e) w->generation = generation;
     return e == IBID_NOTFOUND ? IBID_OK : e;
 }
 
 /* A document without text: empty, unsupported or failed. A failure never hides an earlier version
  * that can be read: that one stays, and only the job's result tells of the failure. */
-static ibid_err put_state(ibidi_work *w, const char *path, ibid_str id, ibid_str title,
+static ibid_err put_state(ibidi_ix_work *w, const char *path, ibid_str id, ibid_str title,
                           ibid_doc_state state, const ibid_hash *content, const char *reason) {
     struct stored old;
     char text[IBID_EXTRACT_REASON_MAX + 64];
-    ibid_err e = ibidi_seen_add(&w->seen, id);
+    ibid_err e = ibidi_ix_seen_add(&w->seen, id);
     if (e || w->measure) return e;
     e = look_up(w, id, path, &old);
     (void)snprintf(text, sizeof text, "%s", reason);
@@ -144,12 +146,12 @@ static ibid_err put_state(ibidi_work *w, const char *path, ibid_str id, ibid_str
     if (!e && state == IBID_DOC_FAILED && old.exists && readable) {
         (void)snprintf(text, sizeof text, "%s; the version indexed before stays", reason);
     } else if (!e) {
-        const ibid_document_put put = {.collection = ibidi_istr(w->job->collection),
+        const ibid_document_put put = {.collection = ibidi_ix_istr(w->job->collection),
                                        .id = id,
                                        .title = title,
-                                       .source = ibidi_istr(path),
+                                       .source = ibidi_ix_istr(path),
                                        .metadata = {"", 0},
-                                       .reason = ibidi_istr(text),
+                                       .reason = ibidi_ix_istr(text),
                                        .content = *content,
                                        .state = state,
                                        .text = {"", 0},
@@ -157,14 +159,14 @@ static ibid_err put_state(ibidi_work *w, const char *path, ibid_str id, ibid_str
         e = put_document(w, &put);
     }
     if (e) return e;
-    return ibidi_report(w, ibidi_istr(path), id, ibid_doc_state_name(state), ibidi_istr(text), 0, 0,
-                        0);
+    return ibidi_ix_report(w, ibidi_ix_istr(path), id, ibid_doc_state_name(state),
+                           ibidi_ix_istr(text), 0, 0, 0);
 }
 
-static ibid_err put_failed(ibidi_work *w, const char *path, ibid_str id, const char *reason) {
+static ibid_err put_failed(ibidi_ix_work *w, const char *path, ibid_str id, const char *reason) {
     const ibid_hash none = {{0}};
     const char *slash = strrchr(path, '/');
-    return put_state(w, path, id, ibidi_istr(slash ? slash + 1 : path), IBID_DOC_FAILED, &none,
+    return put_state(w, path, id, ibidi_ix_istr(slash ? slash + 1 : path), IBID_DOC_FAILED, &none,
                      reason);
 }
 
@@ -182,12 +184,12 @@ static void tokens_fini(struct tokens *t) {
     *t = (struct tokens){0};
 }
 
-static ibid_err ask_tokens(ibidi_work *w, ibid_str text, ibid_tokens *out) {
+static ibid_err ask_tokens(ibidi_ix_work *w, ibid_str text, ibid_tokens *out) {
     uint64_t start = 0;
     ibid_err e;
     *out = (ibid_tokens){0};
     do e = ibid_attn_tokenize(w->room->attn, &w->job->model, text, out);
-    while (ibidi_again(w, &e, &start));
+    while (ibidi_ix_again(w, &e, &start));
     return e;
 }
 
@@ -213,12 +215,12 @@ static ibid_err append_tokens(struct tokens *t, const ibid_tokens *more, uint64_
     return IBID_OK;
 }
 
-static ibid_err tokenize(ibidi_work *w, ibid_str text, struct tokens *out) {
+static ibid_err tokenize(ibidi_ix_work *w, ibid_str text, struct tokens *out) {
     ibid_err e = IBID_OK;
     for (size_t i = 0; !e && i < text.n;) {
         ibid_tokens slab;
         size_t n = ibid_chunk_slab(text.s + i, text.n - i);
-        e = ibidi_check(w);
+        e = ibidi_ix_check(w);
         if (!e) e = ask_tokens(w, (ibid_str){text.s + i, n}, &slab);
         if (!e) {
             e = append_tokens(out, &slab, i);
@@ -233,7 +235,7 @@ static ibid_err tokenize(ibidi_work *w, ibid_str text, struct tokens *out) {
 static ibid_err title_line(struct doc *d) {
     ibid_tokens t = {0};
     ibid_str title = str_of(&d->title);
-    if (d->title_known && ibidi_str_is(str_of(&d->last_title), title)) return IBID_OK;
+    if (d->title_known && ibidi_ix_str_is(str_of(&d->last_title), title)) return IBID_OK;
     d->title_known = false;
     d->n_title = 0;
     ibid_err e = set(&d->last_title, title);
@@ -275,7 +277,7 @@ static void locators_of(const struct doc *d, ibid_locator *out) {
 /* First pass: which of these blocks are stored already? */
 static ibid_err count_blocks(struct doc *d, const struct tokens *t, const ibid_cut *cuts,
                              size_t n) {
-    ibidi_work *w = d->w;
+    ibidi_ix_work *w = d->w;
     ibid_snap *snap = NULL;
     int32_t tokens[IBID_BLOCK_TOKENS_MAX];
     uint64_t total = 0, fresh = 0, bytes = 0;
@@ -292,7 +294,7 @@ static ibid_err count_blocks(struct doc *d, const struct tokens *t, const ibid_c
         if (found == IBID_OK && b.has_kv) continue;
         if (found != IBID_OK && found != IBID_NOTFOUND) e = found;
         fresh += n_tokens;
-        bytes += ibidi_block_bytes(&w->model, n_tokens);
+        bytes += ibidi_ix_block_bytes(&w->model, n_tokens);
     }
     if (snap) ibid_snap_end(snap);
     (void)pthread_mutex_lock(&w->room->mutex);
@@ -305,7 +307,7 @@ static ibid_err count_blocks(struct doc *d, const struct tokens *t, const ibid_c
 
 static ibid_err encode_batch(struct doc *d, const struct tokens *t, const ibid_cut *cuts, size_t n,
                              ibid_chunk *chunks) {
-    ibidi_work *w = d->w;
+    ibidi_ix_work *w = d->w;
     int32_t tokens[BATCH][IBID_BLOCK_TOKENS_MAX];
     ibid_encode_block blocks[BATCH];
     uint64_t numbers[BATCH], total = 0, start = 0;
@@ -316,10 +318,10 @@ static ibid_err encode_batch(struct doc *d, const struct tokens *t, const ibid_c
         blocks[i] = (ibid_encode_block){d->n_title, d->n_title + cuts[i].n_tokens, tokens[i]};
         total += blocks[i].n_tokens;
     }
-    ibid_err e = ibidi_check(w);
+    ibid_err e = ibidi_ix_check(w);
     if (e) return e;
     do e = ibid_attn_encode(w->room->attn, &w->job->model, w->job->id, blocks, n, numbers, &r);
-    while (ibidi_again(w, &e, &start));
+    while (ibidi_ix_again(w, &e, &start));
     if (e) return e;
     for (size_t i = 0; i < n; i++)
         chunks[i] = (ibid_chunk){cuts[i].start, cuts[i].end, cuts[i].locator, numbers[i]};
@@ -327,7 +329,7 @@ static ibid_err encode_batch(struct doc *d, const struct tokens *t, const ibid_c
     d->reused += r.reused_tokens;
 
     (void)pthread_mutex_lock(&w->room->mutex);
-    ibidi_counts *c = &w->job->counts;
+    ibidi_ix_counts *c = &w->job->counts;
     w->encode_ms += r.encoded_tokens ? r.ms : 0;
     c->encoded_tokens += r.encoded_tokens;
     c->reused_tokens += r.reused_tokens;
@@ -342,7 +344,7 @@ static ibid_err encode_batch(struct doc *d, const struct tokens *t, const ibid_c
     c->seconds_left = c->tokens_per_s > 0 ? (double)left / c->tokens_per_s : -1;
     (void)pthread_cond_broadcast(&w->room->news);
     (void)pthread_mutex_unlock(&w->room->mutex);
-    ibidi_progress(w, false);
+    ibidi_ix_progress(w, false);
     return IBID_OK;
 }
 
@@ -351,21 +353,27 @@ static ibid_err commit_part(struct doc *d, const struct tokens *t, const ibid_cu
     ibid_err e = IBID_OK;
     ibid_chunk *chunks = ibid_calloc(n, sizeof *chunks);
     if (!chunks) return ibid_fail(IBID_NOMEM, "out of memory for %zu chunks", n);
-    for (size_t i = 0; !e && i < n; i += BATCH)
-        e = encode_batch(d, t, cuts + i, n - i < BATCH ? n - i : BATCH, chunks + i);
-    const ibid_document_put put = {.collection = ibidi_istr(d->w->job->collection),
+    /* Blocks are held for the job, so NOTFOUND is rare (a store restored from a copy): once more.
+     */
+    const ibid_document_put put = {.collection = ibidi_ix_istr(d->w->job->collection),
                                    .id = str_of(&d->part_id),
                                    .title = str_of(&d->title),
-                                   .source = ibidi_istr(d->file->path),
+                                   .source = ibidi_ix_istr(d->file->path),
                                    .metadata = str_of(&d->metadata),
-                                   .reason = ibidi_istr(reason),
+                                   .reason = ibidi_ix_istr(reason),
                                    .content = *content,
                                    .state = state,
                                    .text = str_of(&d->text),
                                    .chunks = chunks,
                                    .n_chunks = n,
                                    .job = d->w->job->id};
-    if (!e) e = put_document(d->w, &put);
+    for (int attempt = 0; attempt < 2; attempt++) {
+        e = IBID_OK;
+        for (size_t i = 0; !e && i < n; i += BATCH)
+            e = encode_batch(d, t, cuts + i, n - i < BATCH ? n - i : BATCH, chunks + i);
+        if (!e) e = put_document(d->w, &put);
+        if (e != IBID_NOTFOUND) break;
+    }
     if (!e) d->chunks += n;
     ibid_free(chunks);
     return e;
@@ -380,7 +388,7 @@ static ibid_err end_part(struct doc *d, bool last, ibid_doc_state state, const c
     ibid_hash content = content_of(d, last);
     ibid_locator *locators = NULL;
     ibid_err e = part_id(&d->part_id, str_of(&d->id), d->part);
-    if (!e) e = ibidi_seen_add(&d->w->seen, str_of(&d->part_id));
+    if (!e) e = ibidi_ix_seen_add(&d->w->seen, str_of(&d->part_id));
     if (!e) e = look_up(d->w, str_of(&d->part_id), d->file->path, &old);
     if (e) return e;
     if (same(&old, &content) && old.mine) {
@@ -463,10 +471,10 @@ static ibid_err begin(struct doc *d, const ibid_frame *f) {
     d->chunks = d->encoded = d->reused = d->changed = 0;
     ibid_buf_clear(&d->text);
     ibid_buf_clear(&d->names);
-    ibid_err e = set(&d->id, d->of_file ? ibidi_istr(d->file->path) : f->id);
+    ibid_err e = set(&d->id, d->of_file ? ibidi_ix_istr(d->file->path) : f->id);
     if (!e) e = set(&d->title, f->title);
     if (!e) e = set(&d->metadata, f->metadata);
-    d->skip = !e && ibidi_seen_has(&d->w->seen, str_of(&d->id));
+    d->skip = !e && ibidi_ix_seen_has(&d->w->seen, str_of(&d->id));
     return e;
 }
 
@@ -498,21 +506,22 @@ static ibid_err drop_parts(struct doc *d, uint64_t part) {
 static ibid_err end(struct doc *d, const ibid_frame *f) {
     char reason[IBID_EXTRACT_REASON_MAX];
     (void)snprintf(reason, sizeof reason, "%.*s", (int)f->text.n, f->text.s);
-    ibid_str id = str_of(&d->id), path = ibidi_istr(d->file->path);
+    ibid_str id = str_of(&d->id), path = ibidi_ix_istr(d->file->path);
     if (d->skip) {
         if (d->w->measure) return IBID_OK;
-        return ibidi_report(d->w, path, id, "failed",
-                            ibidi_istr("another document of this job has the same id"), 0, 0, 0);
+        return ibidi_ix_report(d->w, path, id, "failed",
+                               ibidi_ix_istr("another document of this job has the same id"), 0, 0,
+                               0);
     }
     if (f->state == IBID_DOC_FAILED) return put_failed(d->w, d->file->path, id, reason);
     ibid_err e = IBID_OK;
     if (f->state == IBID_DOC_EMPTY || f->state == IBID_DOC_UNSUPPORTED) {
         struct stored old;
         ibid_hash content = content_of(d, true);
-        e = ibidi_seen_add(&d->w->seen, id);
+        e = ibidi_ix_seen_add(&d->w->seen, id);
         if (!e) e = look_up(d->w, id, d->file->path, &old);
         if (!e && same(&old, &content) && old.mine && !d->of_file && !d->w->measure)
-            return ibidi_report(d->w, path, id, "unchanged", ibidi_istr(""), 0, 0, 0);
+            return ibidi_ix_report(d->w, path, id, "unchanged", ibidi_ix_istr(""), 0, 0, 0);
         if (!e)
             e = put_state(d->w, d->file->path, id, str_of(&d->title), f->state, &content, reason);
         return e ? e : drop_parts(d, 2);
@@ -521,8 +530,8 @@ static ibid_err end(struct doc *d, const ibid_frame *f) {
     if (!e) e = drop_parts(d, d->part + 1);
     if (e || d->w->measure) return e;
     const char *state = d->changed ? ibid_doc_state_name(f->state) : "unchanged";
-    return ibidi_report(d->w, path, id, state, ibidi_istr(d->changed ? reason : ""), d->chunks,
-                        d->encoded, d->reused);
+    return ibidi_ix_report(d->w, path, id, state, ibidi_ix_istr(d->changed ? reason : ""),
+                           d->chunks, d->encoded, d->reused);
 }
 
 static ibid_err note(struct doc *d, const ibid_frame *f) {
@@ -530,10 +539,10 @@ static ibid_err note(struct doc *d, const ibid_frame *f) {
     (void)snprintf(reason, sizeof reason, "line %llu: %.*s", (unsigned long long)f->line,
                    (int)f->text.n, f->text.s);
     /* A line that cannot be read now must not count as gone. */
-    ibid_err e = f->id.n ? ibidi_seen_add(&d->w->seen, f->id) : IBID_OK;
+    ibid_err e = f->id.n ? ibidi_ix_seen_add(&d->w->seen, f->id) : IBID_OK;
     if (e || d->w->measure) return e;
-    return ibidi_report(d->w, ibidi_istr(d->file->path), f->id, "failed", ibidi_istr(reason), 0, 0,
-                        0);
+    return ibidi_ix_report(d->w, ibidi_ix_istr(d->file->path), f->id, "failed",
+                           ibidi_ix_istr(reason), 0, 0, 0);
 }
 
 static ibid_err take(struct doc *d, const ibid_frame *f) {
@@ -558,7 +567,7 @@ static ibid_err take(struct doc *d, const ibid_frame *f) {
 
 /* ---- One file ---- */
 
-static ibid_err hash_file(ibidi_work *w, int fd, ibid_hash *out) {
+static ibid_err hash_file(ibidi_ix_work *w, int fd, ibid_hash *out) {
     char *buf = ibid_alloc(256 * 1024);
     ibid_hasher h;
     ibid_err e = buf ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory");
@@ -569,7 +578,7 @@ static ibid_err hash_file(ibidi_work *w, int fd, ibid_hash *out) {
         if (n < 0) e = ibid_fail_errno(errno, "reading", "the file");
         if (n <= 0) break;
         ibid_hasher_raw(&h, buf, (size_t)n);
-        e = ibidi_check(w);
+        e = ibidi_ix_check(w);
     }
     *out = ibid_hasher_final(&h);
     ibid_free(buf);
@@ -580,7 +589,7 @@ static ibid_err hash_file(ibidi_work *w, int fd, ibid_hash *out) {
 static ibid_err unchanged(struct doc *d, bool *yes) {
     struct stored first = {0}, s = {0};
     uint64_t chunks = 0, part = 1;
-    ibid_str path = ibidi_istr(d->file->path);
+    ibid_str path = ibidi_ix_istr(d->file->path);
     ibid_err e = IBID_OK;
     bool over = false;
     *yes = false;
@@ -597,12 +606,12 @@ static ibid_err unchanged(struct doc *d, bool *yes) {
     }
     for (uint64_t k = 1; !e && *yes && k < part; k++) {
         e = part_id(&d->part_id, path, k);
-        if (!e) e = ibidi_seen_add(&d->w->seen, str_of(&d->part_id));
+        if (!e) e = ibidi_ix_seen_add(&d->w->seen, str_of(&d->part_id));
     }
     if (e || !*yes || d->w->measure) return e;
     /* Committed by this very job before it was interrupted: the result is its own. */
     const char *state = first.by_this_job ? ibid_doc_state_name(s.state) : "unchanged";
-    return ibidi_report(d->w, path, path, state, ibidi_istr(s.reason), chunks, 0, 0);
+    return ibidi_ix_report(d->w, path, path, state, ibidi_ix_istr(s.reason), chunks, 0, 0);
 }
 
 static ibid_err extract(struct doc *d, int fd, ibid_format format) {
@@ -623,33 +632,33 @@ static ibid_err extract(struct doc *d, int fd, ibid_format format) {
     char reason[IBID_EXTRACT_REASON_MAX];
     (void)snprintf(reason, sizeof reason, "%s", ibid_err_detail());
     d->w->keep_all |= format == IBID_FORMAT_JSONL; /* lines after it are unknown */
-    return put_failed(d->w, d->file->path, ibidi_istr(d->file->path), reason);
+    return put_failed(d->w, d->file->path, ibidi_ix_istr(d->file->path), reason);
 }
 
 static ibid_err open_and_read(struct doc *d) {
-    ibidi_work *w = d->w;
-    ibid_str path = ibidi_istr(d->file->path);
+    ibidi_ix_work *w = d->w;
+    ibid_str path = ibidi_ix_istr(d->file->path);
     ibid_format format = ibid_format_of(d->file->path);
     int fd = -1;
     uint64_t size = 0;
     bool done = false;
     if (d->file->reason) { /* nothing to read; a vanished file is the pruning's business */
         if (w->measure) return IBID_OK;
-        return ibidi_report(w, path, path, "failed", ibidi_istr(d->file->reason), 0, 0, 0);
+        return ibidi_ix_report(w, path, path, "failed", ibidi_ix_istr(d->file->reason), 0, 0, 0);
     }
     if (format == IBID_FORMAT_NONE) {
         ibid_hash content = ibid_hash_bytes("unsupported", 11);
         struct stored old;
         ibid_err e = look_up(w, path, d->file->path, &old);
         if (!e && same(&old, &content) && !w->measure) {
-            e = ibidi_seen_add(&w->seen, path);
-            return e ? e : ibidi_report(w, path, path, "unchanged", ibidi_istr(""), 0, 0, 0);
+            e = ibidi_ix_seen_add(&w->seen, path);
+            return e ? e : ibidi_ix_report(w, path, path, "unchanged", ibidi_ix_istr(""), 0, 0, 0);
         }
         const char *slash = strrchr(d->file->path, '/');
         return e ? e
-                 : put_state(w, d->file->path, path, ibidi_istr(slash ? slash + 1 : d->file->path),
-                             IBID_DOC_UNSUPPORTED, &content,
-                             "not a format ibid reads (.txt .md .html .pdf .jsonl)");
+                 : put_state(w, d->file->path, path,
+                             ibidi_ix_istr(slash ? slash + 1 : d->file->path), IBID_DOC_UNSUPPORTED,
+                             &content, "not a format ibid reads (.txt .md .html .pdf .jsonl)");
     }
     ibid_err e = ibid_walk_open(d->file->path, &fd, &size);
     if (e == IBID_IO || e == IBID_NOTFOUND || e == IBID_NOTSUP) {
@@ -662,7 +671,7 @@ static ibid_err open_and_read(struct doc *d) {
     if (!e && !done) e = extract(d, fd, format);
     /* A row about the whole file, from when it was empty or failed, is over once its lines are
      * read. */
-    if (!e && format == IBID_FORMAT_JSONL && !w->measure && !ibidi_seen_has(&w->seen, path)) {
+    if (!e && format == IBID_FORMAT_JSONL && !w->measure && !ibidi_ix_seen_has(&w->seen, path)) {
         struct stored old;
         e = look_up(w, path, d->file->path, &old);
         if (!e && old.exists && old.mine) e = delete_document(w, path);
@@ -674,10 +683,10 @@ static ibid_err open_and_read(struct doc *d) {
 /* Messages carry text: a path must be UTF-8. The frame reader's own check tells. */
 static bool is_utf8(const char *s) {
     ibid_frame f = {.kind = IBID_FRAME_TEXT};
-    return ibidi_frame_payload(s, strlen(s), &f) == IBID_OK;
+    return ibidi_xt_frame_payload(s, strlen(s), &f) == IBID_OK;
 }
 
-ibid_err ibidi_file(ibidi_work *w, const ibid_walk_file *f) {
+ibid_err ibidi_ix_file(ibidi_ix_work *w, const ibid_walk_file *f) {
     struct doc d = {.w = w, .file = f};
     ibid_buf *bufs[] = {&d.id, &d.title, &d.metadata, &d.text, &d.names, &d.part_id, &d.last_title};
     for (size_t i = 0; i < sizeof bufs / sizeof *bufs; i++)
@@ -688,8 +697,8 @@ ibid_err ibidi_file(ibidi_work *w, const ibid_walk_file *f) {
     else if (w->measure)
         e = IBID_OK;
     else
-        e = ibidi_report(w, ibidi_istr("(a name that is not UTF-8)"), ibidi_istr(""), "failed",
-                         ibidi_istr("its path is not UTF-8: rename it"), 0, 0, 0);
+        e = ibidi_ix_report(w, ibidi_ix_istr("(a name that is not UTF-8)"), ibidi_ix_istr(""),
+                            "failed", ibidi_ix_istr("its path is not UTF-8: rename it"), 0, 0, 0);
     for (size_t i = 0; i < sizeof bufs / sizeof *bufs; i++) ibid_buf_fini(bufs[i]);
     ibid_free(d.places);
     if (e) return e;
@@ -697,6 +706,6 @@ ibid_err ibidi_file(ibidi_work *w, const ibid_walk_file *f) {
     if (!w->measure) w->job->counts.files_done++;
     (void)pthread_cond_broadcast(&w->room->news);
     (void)pthread_mutex_unlock(&w->room->mutex);
-    ibidi_progress(w, false);
+    ibidi_ix_progress(w, false);
     return IBID_OK;
 }

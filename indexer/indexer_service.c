@@ -14,7 +14,7 @@ enum { WORKERS = 8, STATUS_FILES = 500, WAIT_MAX_MS = 10000, JOBS_KEPT = 100 };
 
 static const char cache_name[] = ".find";
 
-ibid_err ibidi_room_store(ibidi_room *r, ibid_store **out) {
+ibid_err ibidi_ix_room_store(ibidi_ix_room *r, ibid_store **out) {
     ibid_err e = IBID_OK;
     (void)pthread_mutex_lock(&r->mutex);
     if (!r->store) {
@@ -26,9 +26,9 @@ ibid_err ibidi_room_store(ibidi_room *r, ibid_store **out) {
     return e;
 }
 
-static ibid_err snap_begin(ibidi_room *r, ibid_snap **out) {
+static ibid_err snap_begin(ibidi_ix_room *r, ibid_snap **out) {
     ibid_store *s = NULL;
-    ibid_err e = ibidi_room_store(r, &s);
+    ibid_err e = ibidi_ix_room_store(r, &s);
     return e ? e : ibid_snap_begin(s, out);
 }
 
@@ -38,8 +38,8 @@ static ibid_str arg_str(const ibid_call *c, const char *key) {
     return ibid_get_str(c->body, key, &s, &n) ? (ibid_str){s, n} : (ibid_str){"", 0};
 }
 
-void ibidi_room_enqueue(ibidi_room *r, ibidi_job *j) {
-    ibidi_job **at = &r->jobs;
+void ibidi_ix_room_enqueue(ibidi_ix_room *r, ibidi_ix_job *j) {
+    ibidi_ix_job **at = &r->jobs;
     j->live = true;
     j->next = NULL;
     while (*at) at = &(*at)->next;
@@ -48,8 +48,8 @@ void ibidi_room_enqueue(ibidi_room *r, ibidi_job *j) {
 }
 
 /* With the mutex held. */
-static ibidi_job *find_live(ibidi_room *r, uint64_t id) {
-    ibidi_job *j = r->jobs;
+static ibidi_ix_job *find_live(ibidi_ix_room *r, uint64_t id) {
+    ibidi_ix_job *j = r->jobs;
     while (j && j->id != id) j = j->next;
     return j;
 }
@@ -66,7 +66,7 @@ static bool name_ok(ibid_str s) {
 }
 
 /* The model a collection is bound to, or is to be. A collection keeps the model it began with. */
-static ibid_err bind_model(ibidi_room *r, ibid_str collection, ibid_str model, bool rebind,
+static ibid_err bind_model(ibidi_ix_room *r, ibid_str collection, ibid_str model, bool rebind,
                            ibid_hash *out) {
     ibid_snap *n = NULL;
     ibid_collection c = {.documents = 0};
@@ -103,8 +103,8 @@ static ibid_err bind_model(ibidi_room *r, ibid_str collection, ibid_str model, b
     return IBID_OK;
 }
 
-static ibid_err new_job(ibid_str collection, const ibid_hash *model, ibidi_job **out) {
-    ibidi_job *j = ibid_calloc(1, sizeof *j);
+static ibid_err new_job(ibid_str collection, const ibid_hash *model, ibidi_ix_job **out) {
+    ibidi_ix_job *j = ibid_calloc(1, sizeof *j);
     if (!j) return ibid_fail(IBID_NOMEM, "out of memory for a job");
     j->state = "queued";
     j->stage = "";
@@ -116,7 +116,7 @@ static ibid_err new_job(ibid_str collection, const ibid_hash *model, ibidi_job *
     return IBID_OK;
 }
 
-static ibid_err add_path(ibidi_job *j, ibid_str path, bool must_exist) {
+static ibid_err add_path(ibidi_ix_job *j, ibid_str path, bool must_exist) {
     struct stat st;
     char *copy = memchr(path.s, '\0', path.n) ? NULL : ibid_strndup(path.s, path.n);
     if (!copy || path.n == 0 || path.s[0] != '/') {
@@ -142,23 +142,23 @@ static ibid_err add_path(ibidi_job *j, ibid_str path, bool must_exist) {
 }
 
 /* Makes a new job durable, then runs it. */
-static ibid_err start(ibidi_room *r, ibidi_job *j, uint64_t *id) {
-    ibid_err e = ibidi_job_save(r, j);
+static ibid_err start(ibidi_ix_room *r, ibidi_ix_job *j, uint64_t *id) {
+    ibid_err e = ibidi_ix_job_save(r, j);
     if (e) {
-        ibidi_job_free(j);
+        ibidi_ix_job_free(j);
         return e;
     }
     *id = j->id;
     (void)pthread_mutex_lock(&r->mutex);
-    ibidi_room_enqueue(r, j);
+    ibidi_ix_room_enqueue(r, j);
     (void)pthread_mutex_unlock(&r->mutex);
     return IBID_OK;
 }
 
 static ibid_err on_submit(void *room, const ibid_call *c) {
-    ibidi_room *r = room;
+    ibidi_ix_room *r = room;
     ibid_hash model;
-    ibidi_job *j = NULL;
+    ibidi_ix_job *j = NULL;
     uint64_t id = 0;
     ibid_str collection = arg_str(c, "collection");
     const ibid_val *paths = ibid_val_get(c->body, "paths");
@@ -183,7 +183,7 @@ static ibid_err on_submit(void *room, const ibid_call *c) {
         e = add_path(j, p, !j->prune);
     }
     if (e) {
-        ibidi_job_free(j);
+        ibidi_ix_job_free(j);
         return e;
     }
     e = start(r, j, &id);
@@ -200,7 +200,7 @@ struct pick {
 };
 
 static bool is_state(const ibid_job *j, const char *s) {
-    return ibidi_str_is(j->state, ibidi_istr(s));
+    return ibidi_ix_str_is(j->state, ibidi_ix_istr(s));
 }
 
 static ibid_err pick_job(void *arg, const ibid_job *j) {
@@ -210,7 +210,7 @@ static ibid_err pick_job(void *arg, const ibid_job *j) {
     bool take = p->finished           ? over
                 : p->interrupted_only ? at_work
                                       : at_work || is_state(j, "paused");
-    if (!ibidi_str_is(j->kind, ibidi_istr("index")) || !take) return IBID_OK;
+    if (!ibidi_ix_str_is(j->kind, ibidi_ix_istr("index")) || !take) return IBID_OK;
     if (p->n == p->room) {
         size_t room = p->room ? p->room * 2 : 32;
         uint64_t *grown = ibid_realloc(p->ids, room * sizeof *grown);
@@ -222,7 +222,7 @@ static ibid_err pick_job(void *arg, const ibid_job *j) {
     return IBID_OK;
 }
 
-static ibid_err pick_jobs(ibidi_room *r, struct pick *p) {
+static ibid_err pick_jobs(ibidi_ix_room *r, struct pick *p) {
     ibid_snap *n = NULL;
     ibid_err e = snap_begin(r, &n);
     if (!e) e = ibid_snap_each_job(n, pick_job, p);
@@ -230,13 +230,13 @@ static ibid_err pick_jobs(ibidi_room *r, struct pick *p) {
     return e;
 }
 
-static ibid_err read_job(ibidi_room *r, uint64_t id, ibidi_job **out) {
+static ibid_err read_job(ibidi_ix_room *r, uint64_t id, ibidi_ix_job **out) {
     ibid_snap *n = NULL;
     ibid_job row;
     ibid_err e = snap_begin(r, &n);
     if (!e) e = ibid_snap_job(n, id, &row);
-    if (!e && !ibidi_str_is(row.kind, ibidi_istr("index"))) e = IBID_NOTFOUND;
-    if (!e) e = ibidi_job_decode(&row, out);
+    if (!e && !ibidi_ix_str_is(row.kind, ibidi_ix_istr("index"))) e = IBID_NOTFOUND;
+    if (!e) e = ibidi_ix_job_decode(&row, out);
     if (n) ibid_snap_end(n);
     if (e == IBID_NOTFOUND)
         e = ibid_fail(e, "there is no job %llu: ibid jobs lists them", (unsigned long long)id);
@@ -244,8 +244,8 @@ static ibid_err read_job(ibidi_room *r, uint64_t id, ibidi_job **out) {
 }
 
 /* Puts a job that is not at work to work. NOTFOUND; INVAL when it is over. */
-static ibid_err resume_job(ibidi_room *r, uint64_t id, bool *resumed) {
-    ibidi_job *j = NULL;
+static ibid_err resume_job(ibidi_ix_room *r, uint64_t id, bool *resumed) {
+    ibidi_ix_job *j = NULL;
     *resumed = false;
     (void)pthread_mutex_lock(&r->mutex);
     bool live = find_live(r, id) != NULL;
@@ -259,25 +259,25 @@ static ibid_err resume_job(ibidi_room *r, uint64_t id, bool *resumed) {
         strcmp(j->state, "failed") == 0) {
         e = ibid_fail(IBID_INVAL, "job %llu is %s and cannot be resumed", (unsigned long long)id,
                       j->state);
-        ibidi_job_free(j);
+        ibidi_ix_job_free(j);
         return e;
     }
     j->state = "queued";
-    e = ibidi_job_save(r, j);
+    e = ibidi_ix_job_save(r, j);
     if (e) {
-        ibidi_job_free(j);
+        ibidi_ix_job_free(j);
         return e;
     }
     (void)pthread_mutex_lock(&r->mutex);
     bool twice = find_live(r, id) != NULL; /* another client was quicker */
-    if (!twice) ibidi_room_enqueue(r, j);
+    if (!twice) ibidi_ix_room_enqueue(r, j);
     (void)pthread_mutex_unlock(&r->mutex);
-    if (twice) ibidi_job_free(j);
+    if (twice) ibidi_ix_job_free(j);
     *resumed = !twice;
     return IBID_OK;
 }
 
-static ibid_err resume_all(ibidi_room *r, bool interrupted_only, uint64_t *count) {
+static ibid_err resume_all(ibidi_ix_room *r, bool interrupted_only, uint64_t *count) {
     struct pick p = {.interrupted_only = interrupted_only};
     ibid_err e = pick_jobs(r, &p);
     for (size_t i = 0; !e && i < p.n; i++) {
@@ -290,7 +290,7 @@ static ibid_err resume_all(ibidi_room *r, bool interrupted_only, uint64_t *count
 }
 
 static ibid_err on_resume(void *room, const ibid_call *c) {
-    ibidi_room *r = room;
+    ibidi_ix_room *r = room;
     uint64_t id = ibid_get_u64(c->body, "job", 0), n = 0;
     bool resumed = false;
     ibid_err e = id ? resume_job(r, id, &resumed) : resume_all(r, false, &n);
@@ -300,8 +300,8 @@ static ibid_err on_resume(void *room, const ibid_call *c) {
 
 /* Pauses or cancels: the running job is told, a waiting one leaves the queue, another's row
  * changes. */
-static ibid_err steer(ibidi_room *r, uint64_t id, ibidi_want want, const char *state) {
-    ibidi_job *j = NULL;
+static ibid_err steer(ibidi_ix_room *r, uint64_t id, ibidi_ix_want want, const char *state) {
+    ibidi_ix_job *j = NULL;
     (void)pthread_mutex_lock(&r->mutex);
     bool running = id && r->running == id;
     if (running) {
@@ -309,7 +309,7 @@ static ibid_err steer(ibidi_room *r, uint64_t id, ibidi_want want, const char *s
         atomic_store(&r->stop_child, true);
         (void)pthread_cond_broadcast(&r->work);
     } else {
-        ibidi_job **at = &r->jobs;
+        ibidi_ix_job **at = &r->jobs;
         while (*at && (*at)->id != id) at = &(*at)->next;
         if (*at) {
             j = *at;
@@ -326,9 +326,9 @@ static ibid_err steer(ibidi_room *r, uint64_t id, ibidi_want want, const char *s
         e = ibid_fail(IBID_INVAL, "job %llu is %s already", (unsigned long long)id, j->state);
     if (!e && !over) {
         j->state = state;
-        e = ibidi_job_save(r, j);
+        e = ibidi_ix_job_save(r, j);
     }
-    ibidi_job_free(j);
+    ibidi_ix_job_free(j);
     return e;
 }
 
@@ -340,7 +340,7 @@ static ibid_err on_cancel(void *room, const ibid_call *c) {
     return steer(room, ibid_get_u64(c->body, "job", 0), IBIDI_WANT_CANCEL, "cancelled");
 }
 
-static void put_status(ibid_enc *e, const ibidi_job *j, uint64_t from) {
+static void put_status(ibid_enc *e, const ibidi_ix_job *j, uint64_t from) {
     uint64_t next = from;
     ibid_enc_u64(e, "id", j->id);
     ibid_enc_cstr(e, "state", j->state);
@@ -348,7 +348,7 @@ static void put_status(ibid_enc *e, const ibidi_job *j, uint64_t from) {
     ibid_enc_cstr(e, "collection", j->collection);
     ibid_enc_cstr(e, "code", ibid_err_code(j->error));
     ibid_enc_cstr(e, "error_text", j->error_text);
-    ibidi_report_put(e, j, (size_t)from, STATUS_FILES, &next);
+    ibidi_ix_report_put(e, j, (size_t)from, STATUS_FILES, &next);
     ibid_enc_u64(e, "next", next);
 }
 
@@ -361,13 +361,13 @@ static void deadline(uint64_t ms, struct timespec *out) {
 }
 
 static ibid_err on_status(void *room, const ibid_call *c) {
-    ibidi_room *r = room;
+    ibidi_ix_room *r = room;
     uint64_t id = ibid_get_u64(c->body, "job", 0), from = ibid_get_u64(c->body, "from", 0);
     uint64_t wait = ibid_get_u64(c->body, "wait_ms", 0);
     struct timespec until;
     deadline(wait < WAIT_MAX_MS ? wait : WAIT_MAX_MS, &until);
     (void)pthread_mutex_lock(&r->mutex);
-    ibidi_job *j = find_live(r, id);
+    ibidi_ix_job *j = find_live(r, id);
     const char *stage = j ? j->stage : "";
     while (j && wait && !r->closing && j->n_results <= from && j->stage == stage)
         if (pthread_cond_timedwait(&r->news, &r->mutex, &until) != 0) {
@@ -383,12 +383,12 @@ static ibid_err on_status(void *room, const ibid_call *c) {
     if (e) return e;
     /* Of a long job the row keeps only some results: none follow those the client has. */
     put_status(c->reply, j, from < j->n_results ? from : j->n_results);
-    ibidi_job_free(j);
+    ibidi_ix_job_free(j);
     return IBID_OK;
 }
 
 static ibid_err on_remove(void *room, const ibid_call *c) {
-    ibidi_room *r = room;
+    ibidi_ix_room *r = room;
     ibid_str collection = arg_str(c, "collection"), id = arg_str(c, "id");
     uint64_t generation = 0;
     ibid_err e = ibid_kvc_document_delete(r->kv, collection, id, &generation);
@@ -399,22 +399,22 @@ static ibid_err on_remove(void *room, const ibid_call *c) {
         ibid_snap *snap = NULL;
         ibid_document d;
         if (n < 0 || (size_t)n >= sizeof name || snap_begin(r, &snap)) break;
-        ibid_err found = ibid_snap_document(snap, collection, ibidi_istr(name), &d);
-        bool part_of_it = found == IBID_OK && ibidi_str_is(d.source, id);
+        ibid_err found = ibid_snap_document(snap, collection, ibidi_ix_istr(name), &d);
+        bool part_of_it = found == IBID_OK && ibidi_ix_str_is(d.source, id);
         ibid_snap_end(snap);
         if (!part_of_it) break;
-        e = ibid_kvc_document_delete(r->kv, collection, ibidi_istr(name), &generation);
+        e = ibid_kvc_document_delete(r->kv, collection, ibidi_ix_istr(name), &generation);
     }
     if (!e) (void)ibid_ret_notify(r->ret, generation);
     return e;
 }
 
 static ibid_err on_cache_file(void *room, const ibid_call *c) {
-    ibidi_room *r = room;
+    ibidi_ix_room *r = room;
     ibid_hash model;
-    ibidi_job *j = NULL;
+    ibidi_ix_job *j = NULL;
     uint64_t id = 0;
-    ibid_str collection = ibidi_istr(cache_name);
+    ibid_str collection = ibidi_ix_istr(cache_name);
     ibid_err e = bind_model(r, collection, arg_str(c, "model"), true, &model);
     if (!e) e = new_job(collection, &model, &j);
     if (e) return e;
@@ -426,7 +426,7 @@ static ibid_err on_cache_file(void *room, const ibid_call *c) {
     if (!e && (stat(j->paths[0], &st) != 0 || !S_ISREG(st.st_mode)))
         e = ibid_fail(IBID_INVAL, "%s is not a file", j->paths[0]);
     if (e) {
-        ibidi_job_free(j);
+        ibidi_ix_job_free(j);
         return e;
     }
     ibid_enc_cstr(c->reply, "id", j->paths[0]);
@@ -444,7 +444,7 @@ static const ibid_method methods[] = {
     {"indexer.cache_file", on_cache_file}, {NULL, NULL}};
 
 /* Rows of jobs long over. */
-static void forget_old_jobs(ibidi_room *r) {
+static void forget_old_jobs(ibidi_ix_room *r) {
     struct pick p = {.finished = true};
     if (pick_jobs(r, &p) == IBID_OK)
         for (size_t i = 0; i + JOBS_KEPT < p.n; i++) (void)ibid_kvc_job_delete(r->kv, p.ids[i]);
@@ -453,7 +453,7 @@ static void forget_old_jobs(ibidi_room *r) {
 
 /* Waits for the store, then resumes what was interrupted; then works. */
 static void *work(void *arg) {
-    ibidi_room *r = arg;
+    ibidi_ix_room *r = arg;
     uint64_t n = 0;
     bool waiting = true;
     while (waiting) {
@@ -473,11 +473,11 @@ static void *work(void *arg) {
     }
     if (n) ibid_log(IBID_LOG_INFO, "%llu interrupted jobs go on", (unsigned long long)n);
     forget_old_jobs(r);
-    return ibidi_worker(r);
+    return ibidi_ix_worker(r);
 }
 
 static void close_room(void *room) {
-    ibidi_room *r = room;
+    ibidi_ix_room *r = room;
     if (!r) return;
     (void)pthread_mutex_lock(&r->mutex);
     r->closing = true;
@@ -489,9 +489,9 @@ static void close_room(void *room) {
     if (r->server) ibid_server_close(r->server);
     if (r->worker_runs) (void)pthread_join(r->worker, NULL);
     while (r->jobs) {
-        ibidi_job *j = r->jobs;
+        ibidi_ix_job *j = r->jobs;
         r->jobs = j->next;
-        ibidi_job_free(j);
+        ibidi_ix_job_free(j);
     }
     if (r->kv) ibid_client_close(r->kv);
     if (r->attn) ibid_client_close(r->attn);
@@ -518,7 +518,7 @@ static uint64_t env_bytes(const char *name, uint64_t def) {
 
 static ibid_err open_room(const ibid_host_opts *o, void **room) {
     char url[IBID_BUS_URL_MAX];
-    ibidi_room *r = ibid_calloc(1, sizeof *r);
+    ibidi_ix_room *r = ibid_calloc(1, sizeof *r);
     if (!r) return ibid_fail(IBID_NOMEM, "out of memory for the indexer");
     (void)pthread_mutex_init(&r->mutex, NULL);
     (void)pthread_cond_init(&r->work, NULL);

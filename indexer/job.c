@@ -20,19 +20,19 @@ static uint64_t id_key(ibid_str id) {
     return h ? h : 1; /* 0 marks a free slot */
 }
 
-static size_t slot_of(const ibidi_seen *s, uint64_t key) {
+static size_t slot_of(const ibidi_ix_seen *s, uint64_t key) {
     size_t i = (size_t)key & (s->room - 1);
     while (s->slots[i] && s->slots[i] != key) i = (i + 1) & (s->room - 1);
     return i;
 }
 
-bool ibidi_seen_has(const ibidi_seen *s, ibid_str id) {
+bool ibidi_ix_seen_has(const ibidi_ix_seen *s, ibid_str id) {
     return s->room && s->slots[slot_of(s, id_key(id))] != 0;
 }
 
-ibid_err ibidi_seen_add(ibidi_seen *s, ibid_str id) {
+ibid_err ibidi_ix_seen_add(ibidi_ix_seen *s, ibid_str id) {
     if (2 * s->n >= s->room) {
-        ibidi_seen grown = {.room = s->room ? s->room * 2 : 1024, .n = s->n};
+        ibidi_ix_seen grown = {.room = s->room ? s->room * 2 : 1024, .n = s->n};
         grown.slots = ibid_calloc(grown.room, sizeof *grown.slots);
         if (!grown.slots) return ibid_fail(IBID_NOMEM, "out of memory for a set of documents");
         for (size_t i = 0; i < s->room; i++)
@@ -49,14 +49,14 @@ ibid_err ibidi_seen_add(ibidi_seen *s, ibid_str id) {
 
 /* ---- Steering and reporting ---- */
 
-ibid_err ibidi_check(ibidi_work *w) {
+ibid_err ibidi_ix_check(ibidi_ix_work *w) {
     (void)pthread_mutex_lock(&w->room->mutex);
     bool stop = w->room->want != IBIDI_WANT_RUN;
     (void)pthread_mutex_unlock(&w->room->mutex);
     return stop ? ibid_fail(IBID_CANCELLED, "stopped as asked") : IBID_OK;
 }
 
-bool ibidi_again(ibidi_work *w, ibid_err *e, uint64_t *start) {
+bool ibidi_ix_again(ibidi_ix_work *w, ibid_err *e, uint64_t *start) {
     if (*e != IBID_UNAVAIL && *e != IBID_TIMEOUT && *e != IBID_BUSY) return false;
     if (*start == 0) {
         *start = ibid_now_ns();
@@ -78,7 +78,7 @@ bool ibidi_again(ibidi_work *w, ibid_err *e, uint64_t *start) {
     return !stop;
 }
 
-static void count_state(ibidi_counts *c, const char *state) {
+static void count_state(ibidi_ix_counts *c, const char *state) {
 #define X(name)                                                                                    \
     if (strcmp(state, #name) == 0) c->name++;
     X(ready)
@@ -92,31 +92,31 @@ static void count_state(ibidi_counts *c, const char *state) {
     c->documents++;
 }
 
-ibid_err ibidi_report(ibidi_work *w, ibid_str path, ibid_str id, const char *state, ibid_str reason,
-                      uint64_t chunks, uint64_t encoded, uint64_t reused) {
+ibid_err ibidi_ix_report(ibidi_ix_work *w, ibid_str path, ibid_str id, const char *state,
+                         ibid_str reason, uint64_t chunks, uint64_t encoded, uint64_t reused) {
     (void)pthread_mutex_lock(&w->room->mutex);
-    ibid_err e = ibidi_result_add(w->job, path, id, state, reason, chunks, encoded, reused);
+    ibid_err e = ibidi_ix_result_add(w->job, path, id, state, reason, chunks, encoded, reused);
     if (!e) count_state(&w->job->counts, state);
     (void)pthread_cond_broadcast(&w->room->news);
     (void)pthread_mutex_unlock(&w->room->mutex);
-    ibidi_progress(w, false);
+    ibidi_ix_progress(w, false);
     return e;
 }
 
-ibid_err ibidi_job_save(ibidi_room *r, ibidi_job *j) {
+ibid_err ibidi_ix_job_save(ibidi_ix_room *r, ibidi_ix_job *j) {
     ibid_enc spec, report;
     uint64_t id = j->id;
     (void)pthread_mutex_lock(&r->mutex);
-    ibid_err e = ibidi_job_encode(j, &spec, &report);
+    ibid_err e = ibidi_ix_job_encode(j, &spec, &report);
     ibid_job row = {.id = j->id,
-                    .kind = ibidi_istr("index"),
-                    .collection = ibidi_istr(j->collection),
-                    .state = ibidi_istr(j->state),
-                    .stage = ibidi_istr(j->stage),
+                    .kind = ibidi_ix_istr("index"),
+                    .collection = ibidi_ix_istr(j->collection),
+                    .state = ibidi_ix_istr(j->state),
+                    .stage = ibidi_ix_istr(j->stage),
                     .spec = {spec.buf.data, spec.buf.len},
                     .report = {report.buf.data, report.buf.len},
                     .error = j->error,
-                    .error_text = ibidi_istr(j->error_text),
+                    .error_text = ibidi_ix_istr(j->error_text),
                     .created_ms = j->created_ms,
                     .updated_ms = ibid_wall_ms()};
     (void)pthread_mutex_unlock(&r->mutex);
@@ -127,26 +127,26 @@ ibid_err ibidi_job_save(ibidi_room *r, ibidi_job *j) {
     return e;
 }
 
-void ibidi_progress(ibidi_work *w, bool now) {
+void ibidi_ix_progress(ibidi_ix_work *w, bool now) {
     if (!now && ibid_ms_since(w->saved_ns) < 1000) return;
     /* A row that cannot be written now is written later; the job does not depend on it. */
-    if (ibidi_job_save(w->room, w->job))
+    if (ibidi_ix_job_save(w->room, w->job))
         ibid_log(IBID_LOG_WARN, "job %llu: its progress was not saved: %s",
                  (unsigned long long)w->job->id, ibid_err_detail());
     w->saved_ns = ibid_now_ns();
 }
 
-static void set_stage(ibidi_work *w, const char *stage) {
+static void set_stage(ibidi_ix_work *w, const char *stage) {
     (void)pthread_mutex_lock(&w->room->mutex);
     w->job->stage = stage;
     (void)pthread_cond_broadcast(&w->room->news);
     (void)pthread_mutex_unlock(&w->room->mutex);
-    ibidi_progress(w, true);
+    ibidi_ix_progress(w, true);
 }
 
 /* ---- Stages ---- */
 
-uint64_t ibidi_block_bytes(const ibid_model_info *m, size_t n_tokens) {
+uint64_t ibidi_ix_block_bytes(const ibid_model_info *m, size_t n_tokens) {
     /* Size classes of one layer's value, then half a page a layer lost to page ends, then keys. */
     uint64_t padded = n_tokens <= 64 ? 64 : n_tokens <= 128 ? 128 : 256;
     return padded * m->kv_bytes_per_token + m->n_layers * 2048 + n_tokens * 128;
@@ -156,7 +156,7 @@ static int by_path(const void *a, const void *b) {
     return strcmp(((const ibid_walk_file *)a)->path, ((const ibid_walk_file *)b)->path);
 }
 
-static ibid_err scan(ibidi_work *w, ibid_walk *walk) {
+static ibid_err scan(ibidi_ix_work *w, ibid_walk *walk) {
     struct stat st;
     if (stat(w->room->data_dir, &st) == 0) {
         walk->skip_dev = st.st_dev;
@@ -182,14 +182,14 @@ static ibid_err scan(ibidi_work *w, ibid_walk *walk) {
     return IBID_OK;
 }
 
-static ibid_err pass(ibidi_work *w, const ibid_walk *walk, bool measure) {
+static ibid_err pass(ibidi_ix_work *w, const ibid_walk *walk, bool measure) {
     ibid_err e = IBID_OK;
     w->measure = measure;
     ibid_free(w->seen.slots);
-    w->seen = (ibidi_seen){0};
+    w->seen = (ibidi_ix_seen){0};
     for (size_t i = 0; !e && i < walk->n; i++) {
-        e = ibidi_check(w);
-        if (!e) e = ibidi_file(w, &walk->files[i]);
+        e = ibidi_ix_check(w);
+        if (!e) e = ibidi_ix_file(w, &walk->files[i]);
     }
     return e;
 }
@@ -204,7 +204,7 @@ static const char *human(uint64_t bytes, char out[32]) {
 }
 
 /* Is there room for it, on the disk and in the budget? */
-static ibid_err forecast(ibidi_work *w) {
+static ibid_err forecast(ibidi_ix_work *w) {
     struct statvfs fs;
     ibid_snap *n = NULL;
     ibid_store_stats stats = {0};
@@ -216,7 +216,7 @@ static ibid_err forecast(ibidi_work *w) {
     if (n) ibid_snap_end(n);
     if (e) return e;
     (void)pthread_mutex_lock(&w->room->mutex);
-    ibidi_counts *k = &w->job->counts;
+    ibidi_ix_counts *k = &w->job->counts;
     k->free_bytes = (uint64_t)fs.f_bavail * fs.f_frsize;
     k->forecast_s =
         w->room->tokens_per_s > 0 ? (double)k->forecast_tokens / w->room->tokens_per_s : -1;
@@ -242,7 +242,7 @@ static ibid_err forecast(ibidi_work *w) {
 }
 
 struct prune {
-    ibidi_work *w;
+    ibidi_ix_work *w;
     char **ids;
     size_t n, room;
 };
@@ -257,7 +257,7 @@ static ibid_err gone(void *arg, const ibid_document *d) {
     struct prune *p = arg;
     bool ours = false;
     for (size_t i = 0; i < p->w->job->n_paths; i++) ours |= below(d->source, p->w->job->paths[i]);
-    if (!ours || ibidi_seen_has(&p->w->seen, d->id)) return IBID_OK;
+    if (!ours || ibidi_ix_seen_has(&p->w->seen, d->id)) return IBID_OK;
     if (p->n == p->room) {
         size_t room = p->room ? p->room * 2 : 64;
         char **grown = ibid_realloc(p->ids, room * sizeof *grown);
@@ -271,31 +271,33 @@ static ibid_err gone(void *arg, const ibid_document *d) {
     return IBID_OK;
 }
 
-static ibid_err delete_document(ibidi_work *w, ibid_str id) {
+static ibid_err delete_document(ibidi_ix_work *w, ibid_str id) {
     uint64_t generation = 0, start = 0;
     ibid_err e;
-    do e = ibid_kvc_document_delete(w->room->kv, ibidi_istr(w->job->collection), id, &generation);
-    while (ibidi_again(w, &e, &start));
+    do
+        e = ibid_kvc_document_delete(w->room->kv, ibidi_ix_istr(w->job->collection), id,
+                                     &generation);
+    while (ibidi_ix_again(w, &e, &start));
     if (!e) w->generation = generation;
     return e == IBID_NOTFOUND ? IBID_OK : e;
 }
 
-static ibid_err prune(ibidi_work *w) {
+static ibid_err prune(ibidi_ix_work *w) {
     struct prune p = {.w = w};
     ibid_snap *n = NULL;
     if (w->keep_all)
-        return ibidi_report(w, ibidi_istr(""), ibidi_istr(""), "failed",
-                            ibidi_istr("nothing was pruned: a file or folder could not be read"), 0,
-                            0, 0);
+        return ibidi_ix_report(
+            w, ibidi_ix_istr(""), ibidi_ix_istr(""), "failed",
+            ibidi_ix_istr("nothing was pruned: a file or folder could not be read"), 0, 0, 0);
     ibid_err e = ibid_snap_begin(w->store, &n);
-    if (!e) e = ibid_snap_each_document(n, ibidi_istr(w->job->collection), 0, gone, &p);
+    if (!e) e = ibid_snap_each_document(n, ibidi_ix_istr(w->job->collection), 0, gone, &p);
     if (n) ibid_snap_end(n);
     for (size_t i = 0; i < p.n; i++) {
-        if (!e) e = ibidi_check(w);
-        if (!e) e = delete_document(w, ibidi_istr(p.ids[i]));
+        if (!e) e = ibidi_ix_check(w);
+        if (!e) e = delete_document(w, ibidi_ix_istr(p.ids[i]));
         if (!e)
-            e = ibidi_report(w, ibidi_istr(p.ids[i]), ibidi_istr(p.ids[i]), "removed",
-                             ibidi_istr(""), 0, 0, 0);
+            e = ibidi_ix_report(w, ibidi_ix_istr(p.ids[i]), ibidi_ix_istr(p.ids[i]), "removed",
+                                ibidi_ix_istr(""), 0, 0, 0);
         ibid_free(p.ids[i]);
     }
     ibid_free(p.ids);
@@ -310,7 +312,7 @@ struct cached {
 };
 
 struct cache {
-    ibidi_work *w;
+    ibidi_ix_work *w;
     ibid_snap *snap;
     struct cached *docs;
     size_t n, room;
@@ -326,7 +328,7 @@ static ibid_err weigh(void *arg, const ibid_document *d) {
     for (size_t i = 0; !e && i < n; i++) {
         ibid_block b;
         if (ibid_snap_block(c->snap, chunks[i].block, &b) == IBID_OK && b.has_kv)
-            bytes += ibidi_block_bytes(&c->w->model, b.n_tokens);
+            bytes += ibidi_ix_block_bytes(&c->w->model, b.n_tokens);
     }
     if (!e && c->n == c->room) {
         size_t room = c->room ? c->room * 2 : 64;
@@ -350,16 +352,16 @@ static int oldest_first(const void *a, const void *b) {
 
 /* Removes the oldest documents of the cache until it is within its quota; what this job brought
  * stays, whatever its size. */
-static ibid_err trim_cache(ibidi_work *w) {
+static ibid_err trim_cache(ibidi_ix_work *w) {
     struct cache c = {.w = w};
     ibid_err e = ibid_snap_begin(w->store, &c.snap);
-    if (!e) e = ibid_snap_each_document(c.snap, ibidi_istr(w->job->collection), 0, weigh, &c);
+    if (!e) e = ibid_snap_each_document(c.snap, ibidi_ix_istr(w->job->collection), 0, weigh, &c);
     if (c.snap) ibid_snap_end(c.snap);
     if (c.n > 1) qsort(c.docs, c.n, sizeof *c.docs, oldest_first);
     for (size_t i = 0; i < c.n; i++) {
-        bool old = !ibidi_seen_has(&w->seen, ibidi_istr(c.docs[i].id));
+        bool old = !ibidi_ix_seen_has(&w->seen, ibidi_ix_istr(c.docs[i].id));
         if (!e && old && c.total > w->room->cache_quota) {
-            e = delete_document(w, ibidi_istr(c.docs[i].id));
+            e = delete_document(w, ibidi_ix_istr(c.docs[i].id));
             c.total -= c.docs[i].bytes;
         }
         ibid_free(c.docs[i].id);
@@ -371,11 +373,11 @@ static ibid_err trim_cache(ibidi_work *w) {
 /* ---- The whole ---- */
 
 /* The collection may have come into being with another model since the job was submitted. */
-static ibid_err check_model(ibidi_work *w) {
+static ibid_err check_model(ibidi_ix_work *w) {
     ibid_snap *n = NULL;
     ibid_collection c;
     ibid_err e = ibid_snap_begin(w->store, &n);
-    if (!e) e = ibid_snap_collection(n, ibidi_istr(w->job->collection), &c);
+    if (!e) e = ibid_snap_collection(n, ibidi_ix_istr(w->job->collection), &c);
     if (!e && ibid_hash_cmp(&c.model, &w->job->model) != 0)
         e = ibid_fail(IBID_MISMATCH, "collection %s was made with another model: use another one",
                       w->job->collection);
@@ -383,7 +385,7 @@ static ibid_err check_model(ibidi_work *w) {
     return e;
 }
 
-static ibid_err prepare(ibidi_work *w) {
+static ibid_err prepare(ibidi_ix_work *w) {
     char hex[65];
     uint64_t start = 0;
     ibid_snap *n = NULL;
@@ -391,21 +393,23 @@ static ibid_err prepare(ibidi_work *w) {
     ibid_err e;
     ibid_hash_hex(&w->job->model, hex);
     do e = ibid_attn_model_info(w->room->attn, hex, &w->model);
-    while (ibidi_again(w, &e, &start));
-    if (!e) e = ibidi_room_store(w->room, &w->store);
+    while (ibidi_ix_again(w, &e, &start));
+    if (!e) e = ibidi_ix_room_store(w->room, &w->store);
     if (!e) e = ibid_snap_begin(w->store, &n);
     if (!e) e = ibid_snap_model(n, &w->job->model, &m);
     if (!e) w->record = (ibid_model_record){.prefix = m.prefix, .kv_type = m.kv_type};
     if (n) ibid_snap_end(n);
     if (e) return e;
     start = 0;
-    do e = ibid_kvc_collection_create(w->room->kv, ibidi_istr(w->job->collection), &w->job->model);
-    while (ibidi_again(w, &e, &start));
+    do
+        e = ibid_kvc_collection_create(w->room->kv, ibidi_ix_istr(w->job->collection),
+                                       &w->job->model);
+    while (ibidi_ix_again(w, &e, &start));
     return e == IBID_EXISTS ? check_model(w) : e;
 }
 
-static void reset_counts(ibidi_job *j) {
-    j->counts = (ibidi_counts){.seconds_left = -1, .forecast_s = -1};
+static void reset_counts(ibidi_ix_job *j) {
+    j->counts = (ibidi_ix_counts){.seconds_left = -1, .forecast_s = -1};
     for (size_t i = 0; i < j->n_results; i++) {
         ibid_free(j->results[i].path);
         ibid_free(j->results[i].id);
@@ -414,7 +418,7 @@ static void reset_counts(ibidi_job *j) {
     j->n_results = 0;
 }
 
-static ibid_err run(ibidi_work *w) {
+static ibid_err run(ibidi_ix_work *w) {
     ibid_walk walk = {0};
     (void)pthread_mutex_lock(&w->room->mutex);
     reset_counts(w->job);
@@ -449,7 +453,7 @@ static ibid_err run(ibidi_work *w) {
 
 /* The state a job ends in. Errors that pass (a room is away, the disk is full) leave it paused: it
  * can be resumed when they are over. */
-static const char *end_state(ibid_err e, ibidi_want want) {
+static const char *end_state(ibid_err e, ibidi_ix_want want) {
     if (!e) return "done";
     if (want == IBIDI_WANT_CANCEL) return "cancelled";
     if (want == IBIDI_WANT_PAUSE) return "paused";
@@ -465,13 +469,13 @@ static const char *end_state(ibid_err e, ibidi_want want) {
     }
 }
 
-static void run_job(ibidi_room *r, ibidi_job *j) {
-    ibidi_work w = {.room = r, .job = j};
+static void run_job(ibidi_ix_room *r, ibidi_ix_job *j) {
+    ibidi_ix_work w = {.room = r, .job = j};
     ibid_err e = run(&w);
     char detail[sizeof j->error_text];
     (void)snprintf(detail, sizeof detail, "%s", e ? ibid_err_detail() : "");
     (void)pthread_mutex_lock(&r->mutex);
-    ibidi_want want = r->want;
+    ibidi_ix_want want = r->want;
     /* The room closes: the row stays "running", and the next start goes on with it. */
     bool stopped = e == IBID_CANCELLED && want == IBIDI_WANT_STOP;
     if (!stopped) {
@@ -490,14 +494,14 @@ static void run_job(ibidi_room *r, ibidi_job *j) {
     /* The end must reach the row, or a restart would run the job again (harmless, but odd). */
     uint64_t start = 0;
     ibid_err saved;
-    do saved = ibidi_job_save(r, j);
-    while (!stopped && ibidi_again(&w, &saved, &start));
+    do saved = ibidi_ix_job_save(r, j);
+    while (!stopped && ibidi_ix_again(&w, &saved, &start));
     /* A hint only: the retriever looks at the store's generation before each search. */
     if (w.generation && !stopped) (void)ibid_ret_notify(r->ret, w.generation);
 }
 
-static void end_job(ibidi_room *r, ibidi_job *j) {
-    ibidi_job **at = &r->jobs;
+static void end_job(ibidi_ix_room *r, ibidi_ix_job *j) {
+    ibidi_ix_job **at = &r->jobs;
     while (*at && *at != j) at = &(*at)->next;
     if (*at) *at = j->next;
     r->running = 0;
@@ -506,11 +510,11 @@ static void end_job(ibidi_room *r, ibidi_job *j) {
     (void)pthread_cond_broadcast(&r->news);
 }
 
-void *ibidi_worker(void *arg) {
-    ibidi_room *r = arg;
+void *ibidi_ix_worker(void *arg) {
+    ibidi_ix_room *r = arg;
     (void)pthread_mutex_lock(&r->mutex);
     while (!r->closing) {
-        ibidi_job *j = r->jobs;
+        ibidi_ix_job *j = r->jobs;
         if (!j) {
             (void)pthread_cond_wait(&r->work, &r->mutex);
             continue;
@@ -522,7 +526,7 @@ void *ibidi_worker(void *arg) {
         run_job(r, j);
         (void)pthread_mutex_lock(&r->mutex);
         end_job(r, j);
-        ibidi_job_free(j);
+        ibidi_ix_job_free(j);
     }
     (void)pthread_mutex_unlock(&r->mutex);
     return NULL;

@@ -14,12 +14,12 @@ static const char *const results[] = {"ready",  "partial",   "empty",  "unsuppor
 /* The static name equal to s, or the first one. */
 static const char *known(const char *const *names, size_t n, ibid_str s) {
     for (size_t i = 0; i < n; i++)
-        if (ibidi_str_is(ibidi_istr(names[i]), s)) return names[i];
+        if (ibidi_ix_str_is(ibidi_ix_istr(names[i]), s)) return names[i];
     return names[0];
 }
 #define KNOWN(names, s) known(names, sizeof names / sizeof *names, s)
 
-void ibidi_job_free(ibidi_job *j) {
+void ibidi_ix_job_free(ibidi_ix_job *j) {
     if (!j) return;
     for (size_t i = 0; i < j->n_paths; i++) ibid_free(j->paths[i]);
     ibid_free(j->paths);
@@ -32,22 +32,22 @@ void ibidi_job_free(ibidi_job *j) {
     ibid_free(j);
 }
 
-ibid_err ibidi_result_add(ibidi_job *j, ibid_str path, ibid_str id, const char *state,
-                          ibid_str reason, uint64_t chunks, uint64_t encoded, uint64_t reused) {
+ibid_err ibidi_ix_result_add(ibidi_ix_job *j, ibid_str path, ibid_str id, const char *state,
+                             ibid_str reason, uint64_t chunks, uint64_t encoded, uint64_t reused) {
     if (j->n_results == j->results_room) {
         size_t room = j->results_room ? j->results_room * 2 : 64;
-        ibidi_result *grown = ibid_realloc(j->results, room * sizeof *grown);
+        ibidi_ix_result *grown = ibid_realloc(j->results, room * sizeof *grown);
         if (!grown) return ibid_fail(IBID_NOMEM, "out of memory for a job's results");
         j->results = grown;
         j->results_room = room;
     }
-    ibidi_result r = {.path = ibid_strndup(path.s, path.n),
-                      .id = ibid_strndup(id.s, id.n),
-                      .reason = ibid_strndup(reason.s, reason.n),
-                      .state = KNOWN(results, ibidi_istr(state)),
-                      .chunks = chunks,
-                      .encoded = encoded,
-                      .reused = reused};
+    ibidi_ix_result r = {.path = ibid_strndup(path.s, path.n),
+                         .id = ibid_strndup(id.s, id.n),
+                         .reason = ibid_strndup(reason.s, reason.n),
+                         .state = KNOWN(results, ibidi_ix_istr(state)),
+                         .chunks = chunks,
+                         .encoded = encoded,
+                         .reused = reused};
     if (!r.path || !r.id || !r.reason) {
         ibid_free(r.path);
         ibid_free(r.id);
@@ -58,7 +58,7 @@ ibid_err ibidi_result_add(ibidi_job *j, ibid_str path, ibid_str id, const char *
     return IBID_OK;
 }
 
-static void put_result(ibid_enc *e, const ibidi_result *r) {
+static void put_result(ibid_enc *e, const ibidi_ix_result *r) {
     ibid_enc_map(e, NULL);
     ibid_enc_cstr(e, "path", r->path);
     ibid_enc_cstr(e, "id", r->id);
@@ -70,7 +70,7 @@ static void put_result(ibid_enc *e, const ibidi_result *r) {
     ibid_enc_end(e);
 }
 
-static void put_counts(ibid_enc *e, const ibidi_counts *c) {
+static void put_counts(ibid_enc *e, const ibidi_ix_counts *c) {
 #define X(name) ibid_enc_u64(e, #name, c->name);
     IBIDI_JOB_COUNTS(X)
 #undef X
@@ -79,7 +79,8 @@ static void put_counts(ibid_enc *e, const ibidi_counts *c) {
     ibid_enc_f64(e, "forecast_s", c->forecast_s);
 }
 
-void ibidi_report_put(ibid_enc *e, const ibidi_job *j, size_t from, size_t max, uint64_t *next) {
+void ibidi_ix_report_put(ibid_enc *e, const ibidi_ix_job *j, size_t from, size_t max,
+                         uint64_t *next) {
     size_t end = from;
     put_counts(e, &j->counts);
     ibid_enc_array(e, "files");
@@ -88,12 +89,12 @@ void ibidi_report_put(ibid_enc *e, const ibidi_job *j, size_t from, size_t max, 
     *next = end;
 }
 
-static bool plain_result(const ibidi_result *r) {
+static bool plain_result(const ibidi_ix_result *r) {
     return strcmp(r->state, "ready") == 0 || strcmp(r->state, "unchanged") == 0 ||
            strcmp(r->state, "removed") == 0;
 }
 
-ibid_err ibidi_job_encode(const ibidi_job *j, ibid_enc *spec, ibid_enc *report) {
+ibid_err ibidi_ix_job_encode(const ibidi_ix_job *j, ibid_enc *spec, ibid_enc *report) {
     ibid_enc_init(spec, ROW_MAX);
     ibid_enc_init(report, ROW_MAX);
     ibid_enc_map(spec, NULL);
@@ -131,7 +132,7 @@ static ibid_str text_of(const ibid_val *map, const char *key) {
     return s;
 }
 
-static ibid_err read_spec(const ibid_val *v, ibidi_job *j) {
+static ibid_err read_spec(const ibid_val *v, ibidi_ix_job *j) {
     const void *hash;
     size_t n;
     const ibid_val *paths = ibid_val_get(v, "paths");
@@ -153,7 +154,7 @@ static ibid_err read_spec(const ibid_val *v, ibidi_job *j) {
     return IBID_OK;
 }
 
-static ibid_err read_report(const ibid_val *v, ibidi_job *j) {
+static ibid_err read_report(const ibid_val *v, ibidi_ix_job *j) {
     ibid_err e = IBID_OK;
 #define X(name) j->counts.name = ibid_get_u64(v, #name, 0);
     IBIDI_JOB_COUNTS(X)
@@ -164,17 +165,17 @@ static ibid_err read_report(const ibid_val *v, ibidi_job *j) {
     const ibid_val *files = ibid_val_get(v, "files");
     for (size_t i = 0; !e && i < ibid_val_count(files); i++) {
         const ibid_val *f = ibid_val_at(files, i);
-        e = ibidi_result_add(j, text_of(f, "path"), text_of(f, "id"),
-                             KNOWN(results, text_of(f, "state")), text_of(f, "reason"),
-                             ibid_get_u64(f, "chunks", 0), ibid_get_u64(f, "encoded_tokens", 0),
-                             ibid_get_u64(f, "reused_tokens", 0));
+        e = ibidi_ix_result_add(j, text_of(f, "path"), text_of(f, "id"),
+                                KNOWN(results, text_of(f, "state")), text_of(f, "reason"),
+                                ibid_get_u64(f, "chunks", 0), ibid_get_u64(f, "encoded_tokens", 0),
+                                ibid_get_u64(f, "reused_tokens", 0));
     }
     return e;
 }
 
-ibid_err ibidi_job_decode(const ibid_job *row, ibidi_job **out) {
+ibid_err ibidi_ix_job_decode(const ibid_job *row, ibidi_ix_job **out) {
     ibid_msg *spec = NULL, *report = NULL;
-    ibidi_job *j = ibid_calloc(1, sizeof *j);
+    ibidi_ix_job *j = ibid_calloc(1, sizeof *j);
     if (!j) return ibid_fail(IBID_NOMEM, "out of memory for a job");
     j->id = row->id;
     j->created_ms = row->created_ms;
@@ -193,7 +194,7 @@ ibid_err ibidi_job_decode(const ibid_job *row, ibidi_job **out) {
     if (spec) ibid_msg_close(spec);
     if (report) ibid_msg_close(report);
     if (e)
-        ibidi_job_free(j);
+        ibidi_ix_job_free(j);
     else
         *out = j;
     return e;

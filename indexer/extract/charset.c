@@ -4,7 +4,7 @@
 #include <stdio.h>
 #include <string.h>
 
-size_t ibidi_utf8_next(const char *p, size_t n, uint32_t *cp) {
+size_t ibidi_xt_utf8_next(const char *p, size_t n, uint32_t *cp) {
     const unsigned char *s = (const unsigned char *)p;
     if (n == 0) return 0;
     if (s[0] < 0x80) return *cp = s[0], 1;
@@ -21,7 +21,7 @@ size_t ibidi_utf8_next(const char *p, size_t n, uint32_t *cp) {
     return len;
 }
 
-size_t ibidi_utf8_put(uint32_t cp, char out[4]) {
+size_t ibidi_xt_utf8_put(uint32_t cp, char out[4]) {
     if (cp < 0x80) return out[0] = (char)cp, 1;
     size_t len = cp < 0x800 ? 2 : cp < 0x10000 ? 3 : 4;
     for (size_t i = len - 1; i > 0; i--, cp >>= 6) out[i] = (char)(0x80 | (cp & 0x3F));
@@ -29,7 +29,7 @@ size_t ibidi_utf8_put(uint32_t cp, char out[4]) {
     return len;
 }
 
-size_t ibidi_utf8_cut(const char *p, size_t n, size_t max) {
+size_t ibidi_xt_utf8_cut(const char *p, size_t n, size_t max) {
     if (n <= max) return n;
     while (max > 0 && ((unsigned char)p[max] & 0xC0) == 0x80) max--;
     return max;
@@ -56,14 +56,14 @@ static size_t count_controls(const char *p, size_t n) {
     return count;
 }
 
-ibidi_encoding ibidi_charset_detect(const char *p, size_t n) {
-    ibidi_encoding e = {.set = IBIDI_UTF8};
+ibidi_xt_encoding ibidi_xt_charset_detect(const char *p, size_t n) {
+    ibidi_xt_encoding e = {.set = IBIDI_UTF8};
     const unsigned char *s = (const unsigned char *)p;
     if (n >= 4 && memcmp(p, "\xFF\xFE\0\0", 4) == 0) return e.set = IBIDI_BINARY, e;
     if (n >= 2 && s[0] == 0xFF && s[1] == 0xFE)
-        return (ibidi_encoding){.set = IBIDI_UTF16LE, .bom = 2};
+        return (ibidi_xt_encoding){.set = IBIDI_UTF16LE, .bom = 2};
     if (n >= 2 && s[0] == 0xFE && s[1] == 0xFF)
-        return (ibidi_encoding){.set = IBIDI_UTF16BE, .bom = 2};
+        return (ibidi_xt_encoding){.set = IBIDI_UTF16BE, .bom = 2};
     if (n >= 3 && memcmp(p, "\xEF\xBB\xBF", 3) == 0) e.bom = 3;
     if (n > 0 && memchr(p, '\0', n)) return e.set = IBIDI_BINARY, e;
 
@@ -75,7 +75,7 @@ ibidi_encoding ibidi_charset_detect(const char *p, size_t n) {
             i += run;
             continue;
         }
-        size_t len = ibidi_utf8_next(p + i, n - i, &cp);
+        size_t len = ibidi_xt_utf8_next(p + i, n - i, &cp);
         good += len > 0;
         if (!len && e.bad++ == 0) e.first_bad = i;
         i += len ? len : 1;
@@ -88,8 +88,8 @@ ibidi_encoding ibidi_charset_detect(const char *p, size_t n) {
     return e;
 }
 
-ibid_doc_state ibidi_charset_state(const ibidi_encoding *enc,
-                                   char reason[IBID_EXTRACT_REASON_MAX]) {
+ibid_doc_state ibidi_xt_charset_state(const ibidi_xt_encoding *enc,
+                                      char reason[IBID_EXTRACT_REASON_MAX]) {
     reason[0] = '\0';
     if (enc->set == IBIDI_BINARY) {
         (void)snprintf(reason, IBID_EXTRACT_REASON_MAX, "a binary file, not text");
@@ -118,7 +118,7 @@ static const uint16_t high_1252[32] = {
     0x2013, 0x2014, 0x02DC, 0x2122, 0x0161, 0x203A, 0x0153, 0xFFFD, 0x017E, 0x0178};
 
 /* One character at p in the given set: its code point and the bytes it took. */
-static size_t next_char(ibidi_charset set, const unsigned char *p, size_t n, uint32_t *cp) {
+static size_t next_char(ibidi_xt_charset set, const unsigned char *p, size_t n, uint32_t *cp) {
     if (set == IBIDI_WINDOWS_1252) {
         *cp = p[0] >= 0x80 && p[0] < 0xA0 ? high_1252[p[0] - 0x80] : p[0];
         return 1;
@@ -135,21 +135,21 @@ static size_t next_char(ibidi_charset set, const unsigned char *p, size_t n, uin
         *cp = 0x10000 + ((a - 0xD800) << 10) + (b - 0xDC00);
         return 4;
     }
-    size_t len = ibidi_utf8_next((const char *)p, n, cp);
+    size_t len = ibidi_xt_utf8_next((const char *)p, n, cp);
     if (len) return len;
     *cp = 0xFFFD;
     return 1;
 }
 
-ibid_err ibidi_charset_decode(const ibidi_encoding *enc, const char *p, size_t n,
-                              ibid_err (*fn)(void *arg, const char *p, size_t n), void *arg) {
+ibid_err ibidi_xt_charset_decode(const ibidi_xt_encoding *enc, const char *p, size_t n,
+                                 ibid_err (*fn)(void *arg, const char *p, size_t n), void *arg) {
     enum { PIECE = 32 * 1024 };
     ibid_err e = IBID_OK;
     size_t i = enc->bom < n ? enc->bom : n;
     if (enc->set == IBIDI_BINARY) return IBID_OK;
     if (enc->set == IBIDI_UTF8) {
         while (!e && i < n) {
-            size_t len = ibidi_utf8_cut(p + i, n - i, PIECE);
+            size_t len = ibidi_xt_utf8_cut(p + i, n - i, PIECE);
             e = fn(arg, p + i, len);
             i += len;
         }
@@ -160,7 +160,7 @@ ibid_err ibidi_charset_decode(const ibidi_encoding *enc, const char *p, size_t n
     while (!e && i < n) {
         uint32_t cp;
         i += next_char(enc->set, (const unsigned char *)p + i, n - i, &cp);
-        used += ibidi_utf8_put(cp, piece + used);
+        used += ibidi_xt_utf8_put(cp, piece + used);
         if (used < PIECE && i < n) continue;
         e = fn(arg, piece, used);
         used = 0;
@@ -172,13 +172,13 @@ static ibid_err append(void *arg, const char *p, size_t n) {
     return ibid_buf_append(arg, p, n);
 }
 
-ibid_err ibidi_charset_whole(const ibidi_encoding *enc, const char *p, size_t n, ibid_buf *buf,
-                             ibid_str *out) {
+ibid_err ibidi_xt_charset_whole(const ibidi_xt_encoding *enc, const char *p, size_t n,
+                                ibid_buf *buf, ibid_str *out) {
     if (enc->set == IBIDI_UTF8) {
         *out = (ibid_str){p + enc->bom, n - enc->bom};
         return IBID_OK;
     }
-    ibid_err e = ibidi_charset_decode(enc, p, n, append, buf);
+    ibid_err e = ibidi_xt_charset_decode(enc, p, n, append, buf);
     if (!e) *out = (ibid_str){buf->data ? buf->data : "", buf->len};
     return e;
 }

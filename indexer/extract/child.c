@@ -241,11 +241,11 @@ ibid_err ibid_extraction_next(ibid_extraction *x, ibid_frame *out) {
             continue;
         }
         if (head) break;
-        e = ibidi_frame_header((const unsigned char *)x->in.data + x->used, out, &payload);
+        e = ibidi_xt_frame_header((const unsigned char *)x->in.data + x->used, out, &payload);
         need = IBIDI_FRAME_HEADER + payload;
         head = true;
     }
-    if (!e) e = ibidi_frame_payload(x->in.data + x->used + IBIDI_FRAME_HEADER, payload, out);
+    if (!e) e = ibidi_xt_frame_payload(x->in.data + x->used + IBIDI_FRAME_HEADER, payload, out);
     if (!e) e = in_order(x, out->kind);
     if (!e) x->used += need;
     return e;

@@ -28,7 +28,7 @@ static ibid_err flush(ibid_buf *b) {
 }
 
 static ibid_err put(ibid_buf *b, const ibid_frame *f) {
-    ibid_err e = ibidi_frame_put(b, f);
+    ibid_err e = ibidi_xt_frame_put(b, f);
     return !e && b->len >= IBIDI_FRAME_MAX ? flush(b) : e;
 }
 
@@ -81,7 +81,7 @@ int main(int argc, char **argv) {
     ibid_buf out;
     ibid_buf_init(&out, 4 * IBIDI_FRAME_MAX);
     ibid_err e = run(format, argv[2], &out);
-    if (!e) e = ibidi_frame_put(&out, &(ibid_frame){.kind = IBID_FRAME_DONE});
+    if (!e) e = ibidi_xt_frame_put(&out, &(ibid_frame){.kind = IBID_FRAME_DONE});
     if (!e) e = flush(&out);
     if (e) (void)fprintf(stderr, "%s\n", ibid_err_detail());
     ibid_buf_fini(&out);

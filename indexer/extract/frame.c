@@ -12,7 +12,7 @@ static uint64_t get_uint(const char *p, size_t bytes) {
     return v;
 }
 
-ibid_err ibidi_frame_put(ibid_buf *out, const ibid_frame *f) {
+ibid_err ibidi_xt_frame_put(ibid_buf *out, const ibid_frame *f) {
     unsigned char head[IBIDI_FRAME_HEADER] = {(unsigned char)f->kind, (unsigned char)f->state};
     unsigned char fixed[12];
     size_t n_fixed = 0;
@@ -42,8 +42,8 @@ ibid_err ibidi_frame_put(ibid_buf *out, const ibid_frame *f) {
     return e;
 }
 
-ibid_err ibidi_frame_header(const unsigned char header[IBIDI_FRAME_HEADER], ibid_frame *f,
-                            size_t *payload) {
+ibid_err ibidi_xt_frame_header(const unsigned char header[IBIDI_FRAME_HEADER], ibid_frame *f,
+                               size_t *payload) {
     uint64_t n = get_uint((const char *)header + 4, 4);
     bool state_ok = header[0] == IBID_FRAME_END
                         ? header[1] >= IBID_DOC_READY && header[1] <= IBID_DOC_FAILED
@@ -59,14 +59,14 @@ ibid_err ibidi_frame_header(const unsigned char header[IBIDI_FRAME_HEADER], ibid
 static bool is_utf8(ibid_str s) {
     uint32_t cp;
     for (size_t i = 0; i < s.n;) {
-        size_t len = ibidi_utf8_next(s.s + i, s.n - i, &cp);
+        size_t len = ibidi_xt_utf8_next(s.s + i, s.n - i, &cp);
         if (!len) return false;
         i += len;
     }
     return true;
 }
 
-ibid_err ibidi_frame_payload(const char *p, size_t n, ibid_frame *f) {
+ibid_err ibidi_xt_frame_payload(const char *p, size_t n, ibid_frame *f) {
     static const char bad[] = "the extractor sent a frame with wrong lengths or text";
     f->id = f->title = f->metadata = f->text = (ibid_str){"", 0};
     if (f->kind == IBID_FRAME_BEGIN) {

@@ -32,10 +32,10 @@ typedef struct ibid_frame {
 } ibid_frame;
 
 /* Writes one frame. TOOBIG past IBIDI_FRAME_MAX. */
-ibid_err ibidi_frame_put(ibid_buf *out, const ibid_frame *f);
+ibid_err ibidi_xt_frame_put(ibid_buf *out, const ibid_frame *f);
 /* Reads the header: kind, state and the payload's length. PROTO. */
-ibid_err ibidi_frame_header(const unsigned char header[IBIDI_FRAME_HEADER], ibid_frame *f,
-                            size_t *payload);
+ibid_err ibidi_xt_frame_header(const unsigned char header[IBIDI_FRAME_HEADER], ibid_frame *f,
+                               size_t *payload);
 /* Fills the rest from the payload, which it borrows; payload texts must be UTF-8. PROTO. */
-ibid_err ibidi_frame_payload(const char *p, size_t n, ibid_frame *f);
+ibid_err ibidi_xt_frame_payload(const char *p, size_t n, ibid_frame *f);
 #endif

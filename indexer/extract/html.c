@@ -44,8 +44,8 @@ static ibid_err parse(struct heap *h, const char *p, size_t n, GumboOutput **out
 }
 
 struct html {
-    ibidi_norm norm;
-    ibidi_headings headings;
+    ibidi_xt_norm norm;
+    ibidi_xt_headings headings;
     size_t pre;      /* open <pre> elements */
     bool gap;        /* white space came since the last text */
     bool line_start; /* nothing on this line yet */
@@ -135,7 +135,7 @@ static ibid_err new_line(struct html *h, size_t blank) {
     h->gap = false;
     h->line_start = true;
     h->item_start = false;
-    return ibidi_norm_break(&h->norm, blank);
+    return ibidi_xt_norm_break(&h->norm, blank);
 }
 
 /* Inline text: runs of white space are one space, none at the start of a line. */
@@ -143,7 +143,7 @@ static ibid_err flow(struct html *h, const char *p, size_t n) {
     ibid_err e = IBID_OK;
     if (h->pre) {
         h->line_start = n == 0 ? h->line_start : p[n - 1] == '\n';
-        return ibidi_norm_text(&h->norm, p, n);
+        return ibidi_xt_norm_text(&h->norm, p, n);
     }
     for (size_t i = 0; !e && i < n;) {
         if (is_space(p[i])) {
@@ -153,8 +153,8 @@ static ibid_err flow(struct html *h, const char *p, size_t n) {
         }
         size_t end = i;
         while (end < n && !is_space(p[end])) end++;
-        if (h->gap && !h->line_start) e = ibidi_norm_puts(&h->norm, " ");
-        if (!e) e = ibidi_norm_text(&h->norm, p + i, end - i);
+        if (h->gap && !h->line_start) e = ibidi_xt_norm_puts(&h->norm, " ");
+        if (!e) e = ibidi_xt_norm_text(&h->norm, p + i, end - i);
         h->gap = h->line_start = h->item_start = false;
         i = end;
     }
@@ -193,7 +193,7 @@ static ibid_err inner_text(const GumboNode *root, size_t max, ibid_buf *out) {
         if (text) {
             size_t len = strlen(n->v.text.text);
             e = ibid_buf_append(out, n->v.text.text,
-                                ibidi_utf8_cut(n->v.text.text, len, max - out->len));
+                                ibidi_xt_utf8_cut(n->v.text.text, len, max - out->len));
         } else if (n->type == GUMBO_NODE_ELEMENT && n->v.element.tag == GUMBO_TAG_BR) {
             e = ibid_buf_puts(out, " ");
         }
@@ -212,10 +212,11 @@ static ibid_err enter_heading(struct html *h, const GumboNode *n) {
     ibid_buf_init(&path, 64 * 1024);
     ibid_buf_clear(&h->scratch);
     ibid_err e = inner_text(n, 8192, &h->scratch);
-    if (!e && h->scratch.len) e = ibidi_norm_line(h->scratch.data, h->scratch.len, 4096, &line);
-    if (!e && line.len) e = ibidi_headings_enter(&h->headings, level, line.data, line.len, &path);
+    if (!e && h->scratch.len) e = ibidi_xt_norm_line(h->scratch.data, h->scratch.len, 4096, &line);
+    if (!e && line.len)
+        e = ibidi_xt_headings_enter(&h->headings, level, line.data, line.len, &path);
     if (!e) e = new_line(h, 1);
-    if (!e && path.len) e = ibidi_norm_locator(&h->norm, path.data, path.len);
+    if (!e && path.len) e = ibidi_xt_norm_locator(&h->norm, path.data, path.len);
     ibid_buf_fini(&line);
     ibid_buf_fini(&path);
     return e;
@@ -236,9 +237,9 @@ static ibid_err enter_item(struct html *h, const GumboNode *n) {
             (void)snprintf(marker, sizeof marker, "%zu. ", number);
     }
     ibid_err e = new_line(h, 0);
-    for (size_t i = 1; !e && i < h->depth && i < 16; i++) e = ibidi_norm_puts(&h->norm, "  ");
+    for (size_t i = 1; !e && i < h->depth && i < 16; i++) e = ibidi_xt_norm_puts(&h->norm, "  ");
     h->item_start = true;
-    return e ? e : ibidi_norm_puts(&h->norm, marker);
+    return e ? e : ibidi_xt_norm_puts(&h->norm, marker);
 }
 
 static ibid_err enter(struct html *h, const GumboNode *n) {
@@ -261,7 +262,7 @@ static ibid_err enter(struct html *h, const GumboNode *n) {
     case CELL:
         if (n->index_within_parent == 0 || h->line_start) return IBID_OK;
         h->gap = false;
-        return ibidi_norm_puts(&h->norm, " | ");
+        return ibidi_xt_norm_puts(&h->norm, " | ");
     case BREAK:
         return new_line(h, 0);
     case IMAGE:
@@ -340,12 +341,12 @@ static ibid_err find_title(const GumboNode *root, const char *name, ibid_buf *sc
         ibid_buf_clear(scratch);
         if (from[i]) e = inner_text(from[i], 8192, scratch);
         if (!e && scratch->len)
-            e = ibidi_norm_line(scratch->data, scratch->len, IBID_EXTRACT_TITLE_MAX, title);
+            e = ibidi_xt_norm_line(scratch->data, scratch->len, IBID_EXTRACT_TITLE_MAX, title);
     }
-    return e || title->len ? e : ibidi_title_of_name(name, title);
+    return e || title->len ? e : ibidi_xt_title_of_name(name, title);
 }
 
-static ibid_err read_text(const char *name, ibid_str all, const ibidi_encoding *enc,
+static ibid_err read_text(const char *name, ibid_str all, const ibidi_xt_encoding *enc,
                           const ibid_extract_sink *sink) {
     struct heap heap = {.arena = NULL};
     GumboOutput *tree = NULL;
@@ -353,7 +354,7 @@ static ibid_err read_text(const char *name, ibid_str all, const ibidi_encoding *
     struct html h = {.line_start = true};
     ibid_buf_init(&title, 64 * 1024);
     ibid_buf_init(&h.scratch, 64 * 1024);
-    ibid_err e = ibidi_norm_init(&h.norm, sink);
+    ibid_err e = ibidi_xt_norm_init(&h.norm, sink);
     size_t room = 64 * 1024 * 1024 + ARENA_PER_BYTE * all.n;
     if (!e) e = ibid_arena_open(room, &heap.arena);
     if (!e) e = parse(&heap, all.s, all.n, &tree);
@@ -362,31 +363,30 @@ static ibid_err read_text(const char *name, ibid_str all, const ibidi_encoding *
         e = sink->begin(sink->arg, (ibid_str){"", 0},
                         (ibid_str){title.data ? title.data : "", title.len}, (ibid_str){"", 0});
     if (!e) e = walk(&h, tree->document);
-    if (!e) e = ibidi_extract_finish(&h.norm, enc);
-    ibidi_headings_fini(&h.headings);
-    ibidi_norm_fini(&h.norm);
+    if (!e) e = ibidi_xt_finish(&h.norm, enc);
+    ibidi_xt_headings_fini(&h.headings);
+    ibidi_xt_norm_fini(&h.norm);
     ibid_arena_close(heap.arena);
     ibid_buf_fini(&h.scratch);
     ibid_buf_fini(&title);
     return e;
 }
 
-ibid_err ibidi_extract_html(const char *name, const char *p, size_t n,
-                            const ibid_extract_sink *sink) {
+ibid_err ibidi_xt_html(const char *name, const char *p, size_t n, const ibid_extract_sink *sink) {
     char reason[IBID_EXTRACT_REASON_MAX];
-    ibidi_encoding enc = ibidi_charset_detect(p, n);
+    ibidi_xt_encoding enc = ibidi_xt_charset_detect(p, n);
     ibid_buf buf;
     ibid_str all;
     if (enc.set == IBIDI_BINARY)
-        return ibidi_extract_state(sink, name, ibidi_charset_state(&enc, reason), reason);
+        return ibidi_xt_state(sink, name, ibidi_xt_charset_state(&enc, reason), reason);
     ibid_buf_init(&buf, IBID_EXTRACT_INPUT_MAX);
-    ibid_err e = ibidi_charset_whole(&enc, p, n, &buf, &all);
+    ibid_err e = ibidi_xt_charset_whole(&enc, p, n, &buf, &all);
     if (!e) e = read_text(name, all, &enc, sink);
     ibid_buf_fini(&buf);
     return e;
 }
 
-ibid_err ibidi_entity_decode(const char *p, size_t n, ibid_buf *out) {
+ibid_err ibidi_xt_entity_decode(const char *p, size_t n, ibid_buf *out) {
     struct heap heap = {.arena = NULL};
     GumboOutput *tree = NULL;
     size_t before = out->len;

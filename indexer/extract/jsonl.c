@@ -28,30 +28,30 @@ static bool read_id(const json_t *line, char *room, size_t size, ibid_str *id, c
 
 /* A document whose id, title, metadata and text were checked. */
 static ibid_err document(const ibid_extract_sink *sink, uint64_t number, ibid_str id,
-                         const json_t *line, ibid_str metadata, const ibidi_encoding *enc) {
-    ibidi_norm norm;
+                         const json_t *line, ibid_str metadata, const ibidi_xt_encoding *enc) {
+    ibidi_xt_norm norm;
     ibid_buf title;
     char name[40];
     ibid_buf_init(&title, 64 * 1024);
-    ibid_err e = ibidi_norm_init(&norm, sink);
+    ibid_err e = ibidi_xt_norm_init(&norm, sink);
     const json_t *t = json_object_get(line, "title"), *text = json_object_get(line, "text");
     if (!e && json_is_string(t))
-        e = ibidi_norm_line(json_string_value(t), json_string_length(t), IBID_EXTRACT_TITLE_MAX,
-                            &title);
+        e = ibidi_xt_norm_line(json_string_value(t), json_string_length(t), IBID_EXTRACT_TITLE_MAX,
+                               &title);
     if (!e)
         e = sink->begin(sink->arg, id, (ibid_str){title.data ? title.data : "", title.len},
                         metadata);
     int n = snprintf(name, sizeof name, "line %llu", (unsigned long long)number);
-    if (!e) e = ibidi_norm_locator(&norm, name, (size_t)n);
-    if (!e) e = ibidi_norm_text(&norm, json_string_value(text), json_string_length(text));
-    if (!e) e = ibidi_extract_finish(&norm, enc);
-    ibidi_norm_fini(&norm);
+    if (!e) e = ibidi_xt_norm_locator(&norm, name, (size_t)n);
+    if (!e) e = ibidi_xt_norm_text(&norm, json_string_value(text), json_string_length(text));
+    if (!e) e = ibidi_xt_finish(&norm, enc);
+    ibidi_xt_norm_fini(&norm);
     ibid_buf_fini(&title);
     return e;
 }
 
 static ibid_err read_line(const ibid_extract_sink *sink, uint64_t number, const char *p, size_t n,
-                          const ibidi_encoding *enc) {
+                          const ibidi_xt_encoding *enc) {
     json_error_t bad;
     char room[32], why_room[IBID_EXTRACT_REASON_MAX];
     const char *why = NULL;
@@ -89,19 +89,18 @@ static ibid_err read_line(const ibid_extract_sink *sink, uint64_t number, const 
     return e;
 }
 
-ibid_err ibidi_extract_jsonl(const char *name, const char *p, size_t n,
-                             const ibid_extract_sink *sink) {
+ibid_err ibidi_xt_jsonl(const char *name, const char *p, size_t n, const ibid_extract_sink *sink) {
     char reason[IBID_EXTRACT_REASON_MAX];
-    ibidi_encoding enc = ibidi_charset_detect(p, n);
+    ibidi_xt_encoding enc = ibidi_xt_charset_detect(p, n);
     ibid_buf buf;
     ibid_str all;
     uint64_t number = 0, lines = 0;
     ibid_buf_init(&buf, IBID_EXTRACT_INPUT_MAX);
     if (enc.set == IBIDI_BINARY)
-        return ibidi_extract_state(sink, name, ibidi_charset_state(&enc, reason), reason);
-    ibid_err e = ibidi_charset_whole(&enc, p, n, &buf, &all);
+        return ibidi_xt_state(sink, name, ibidi_xt_charset_state(&enc, reason), reason);
+    ibid_err e = ibidi_xt_charset_whole(&enc, p, n, &buf, &all);
     /* What was replaced is a matter of the file; a line of it may well be whole. */
-    ibidi_encoding line_enc = enc.set == IBIDI_WINDOWS_1252 ? enc : (ibidi_encoding){0};
+    ibidi_xt_encoding line_enc = enc.set == IBIDI_WINDOWS_1252 ? enc : (ibidi_xt_encoding){0};
     for (size_t i = 0; !e && i < all.n;) {
         const char *lf = memchr(all.s + i, '\n', all.n - i);
         size_t end = lf ? (size_t)(lf - all.s) : all.n, len = end - i;
@@ -115,7 +114,7 @@ ibid_err ibidi_extract_jsonl(const char *name, const char *p, size_t n,
         }
         i = end + 1;
     }
-    if (!e && !lines) e = ibidi_extract_state(sink, name, IBID_DOC_EMPTY, "there is no line in it");
+    if (!e && !lines) e = ibidi_xt_state(sink, name, IBID_DOC_EMPTY, "there is no line in it");
     ibid_buf_fini(&buf);
     return e;
 }

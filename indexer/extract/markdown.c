@@ -18,9 +18,9 @@ struct list {
 };
 
 struct markdown {
-    ibidi_norm norm;
+    ibidi_xt_norm norm;
     ibid_err err;
-    ibidi_headings headings;
+    ibidi_xt_headings headings;
     ibid_buf heading; /* text of the heading we are in, or a scratch */
     bool in_heading, title_only, cell_open;
     unsigned level;
@@ -46,7 +46,7 @@ static int put(struct markdown *m, const char *p, size_t n) {
             m->err = ibid_buf_append(&m->heading, p, n);
         return go_on(m);
     }
-    if (!m->err && !m->title_only) m->err = ibidi_norm_text(&m->norm, p, n);
+    if (!m->err && !m->title_only) m->err = ibidi_xt_norm_text(&m->norm, p, n);
     return go_on(m);
 }
 
@@ -62,9 +62,9 @@ static bool in_tight_list(const struct markdown *m) {
 static int open_block(struct markdown *m, size_t blank) {
     if (m->err || m->title_only) return go_on(m);
     if (m->item_start) return m->item_start = false, 0; /* it stands behind its marker */
-    m->err = ibidi_norm_break(&m->norm, blank);
+    m->err = ibidi_xt_norm_break(&m->norm, blank);
     for (size_t i = 0; !m->err && i < m->depth && i < LIST_DEPTH; i++)
-        m->err = ibidi_norm_puts(&m->norm, "  ");
+        m->err = ibidi_xt_norm_puts(&m->norm, "  ");
     return go_on(m);
 }
 
@@ -74,10 +74,10 @@ static int open_item(struct markdown *m) {
     m->item_start = false;
     if (m->err || m->title_only || depth == 0) return go_on(m);
     struct list *l = &m->lists[depth - 1];
-    m->err = ibidi_norm_break(&m->norm, l->tight ? 0 : 1);
-    for (size_t i = 1; !m->err && i < depth; i++) m->err = ibidi_norm_puts(&m->norm, "  ");
+    m->err = ibidi_xt_norm_break(&m->norm, l->tight ? 0 : 1);
+    for (size_t i = 1; !m->err && i < depth; i++) m->err = ibidi_xt_norm_puts(&m->norm, "  ");
     if (l->ordered) (void)snprintf(marker, sizeof marker, "%u. ", l->next++);
-    if (!m->err) m->err = ibidi_norm_puts(&m->norm, marker);
+    if (!m->err) m->err = ibidi_xt_norm_puts(&m->norm, marker);
     m->item_start = true;
     return go_on(m);
 }
@@ -96,7 +96,7 @@ static int enter_block(MD_BLOCKTYPE type, void *detail, void *arg) {
                 (struct list){ordered, tight, ordered ? ((MD_BLOCK_OL_DETAIL *)detail)->start : 0};
         }
         m->depth++;
-        if (m->depth == 1 && !m->title_only) m->err = ibidi_norm_break(&m->norm, 1);
+        if (m->depth == 1 && !m->title_only) m->err = ibidi_xt_norm_break(&m->norm, 1);
         return go_on(m);
     case MD_BLOCK_LI:
         return open_item(m);
@@ -116,7 +116,7 @@ static int enter_block(MD_BLOCKTYPE type, void *detail, void *arg) {
         return open_block(m, 1);
     case MD_BLOCK_TR:
         m->cell_open = false;
-        if (!m->title_only) m->err = ibidi_norm_break(&m->norm, 0);
+        if (!m->title_only) m->err = ibidi_xt_norm_break(&m->norm, 0);
         return go_on(m);
     case MD_BLOCK_TH:
     case MD_BLOCK_TD:
@@ -133,7 +133,7 @@ static int take_title(struct markdown *m) {
     m->in_heading = false;
     if (m->err || !m->heading.len || (m->title_level && m->level > 1)) return go_on(m);
     ibid_buf_clear(m->title);
-    m->err = ibidi_norm_line(m->heading.data, m->heading.len, IBID_EXTRACT_TITLE_MAX, m->title);
+    m->err = ibidi_xt_norm_line(m->heading.data, m->heading.len, IBID_EXTRACT_TITLE_MAX, m->title);
     if (m->title->len) m->title_level = m->level;
     return m->err || m->title_level == 1 ? -1 : 0;
 }
@@ -145,12 +145,12 @@ static int leave_heading(struct markdown *m) {
     ibid_buf_init(&path, 64 * 1024);
     m->in_heading = false;
     if (!m->err && m->heading.len)
-        m->err = ibidi_norm_line(m->heading.data, m->heading.len, 4096, &line);
+        m->err = ibidi_xt_norm_line(m->heading.data, m->heading.len, 4096, &line);
     if (!m->err && line.len)
-        m->err = ibidi_headings_enter(&m->headings, m->level, line.data, line.len, &path);
-    if (!m->err && path.len) m->err = ibidi_norm_locator(&m->norm, path.data, path.len);
-    if (!m->err && line.len) m->err = ibidi_norm_text(&m->norm, line.data, line.len);
-    if (!m->err) m->err = ibidi_norm_break(&m->norm, 1);
+        m->err = ibidi_xt_headings_enter(&m->headings, m->level, line.data, line.len, &path);
+    if (!m->err && path.len) m->err = ibidi_xt_norm_locator(&m->norm, path.data, path.len);
+    if (!m->err && line.len) m->err = ibidi_xt_norm_text(&m->norm, line.data, line.len);
+    if (!m->err) m->err = ibidi_xt_norm_break(&m->norm, 1);
     ibid_buf_fini(&line);
     ibid_buf_fini(&path);
     return go_on(m);
@@ -162,7 +162,7 @@ static int leave_block(MD_BLOCKTYPE type, void *detail, void *arg) {
     if (type == MD_BLOCK_UL || type == MD_BLOCK_OL) {
         m->depth--;
         m->item_start = false;
-        if (m->depth == 0 && !m->title_only) m->err = ibidi_norm_break(&m->norm, 1);
+        if (m->depth == 0 && !m->title_only) m->err = ibidi_xt_norm_break(&m->norm, 1);
     }
     if (type == MD_BLOCK_LI) m->item_start = false;
     if (type == MD_BLOCK_H) return m->title_only ? take_title(m) : leave_heading(m);
@@ -222,7 +222,7 @@ static int text(MD_TEXTTYPE type, const MD_CHAR *p, MD_SIZE n, void *arg) {
     case MD_TEXT_ENTITY: {
         ibid_buf one;
         ibid_buf_init(&one, 4096);
-        m->err = ibidi_entity_decode(p, n, &one);
+        m->err = ibidi_xt_entity_decode(p, n, &one);
         if (!m->err && one.len) (void)put(m, one.data, one.len);
         ibid_buf_fini(&one);
         return go_on(m);
@@ -247,7 +247,7 @@ static ibid_err front_matter(const char *p, size_t n, size_t *skip, ibid_buf *ti
             if (found_n > 1 && (p[found] == '"' || p[found] == '\'') &&
                 p[found + found_n - 1] == p[found])
                 found++, found_n -= 2;
-            return ibidi_norm_line(p + found, found_n, IBID_EXTRACT_TITLE_MAX, title);
+            return ibidi_xt_norm_line(p + found, found_n, IBID_EXTRACT_TITLE_MAX, title);
         }
         if (len > 6 && memcmp(p + i, "title:", 6) == 0) {
             found = i + 6;
@@ -271,7 +271,7 @@ static void run(struct markdown *m, const char *p, size_t n) {
     if (rc < 0 && !m->err && !found) m->err = ibid_fail(IBID_NOMEM, "out of memory for Markdown");
 }
 
-static ibid_err read_text(const char *name, ibid_str all, const ibidi_encoding *enc,
+static ibid_err read_text(const char *name, ibid_str all, const ibidi_xt_encoding *enc,
                           const ibid_extract_sink *sink) {
     ibid_buf title, front;
     size_t skip = 0;
@@ -281,7 +281,7 @@ static ibid_err read_text(const char *name, ibid_str all, const ibidi_encoding *
     ibid_buf_init(&front, 64 * 1024);
     ibid_buf_init(&first.heading, 64 * 1024);
     ibid_buf_init(&m.heading, 64 * 1024);
-    ibid_err e = ibidi_norm_init(&m.norm, sink);
+    ibid_err e = ibidi_xt_norm_init(&m.norm, sink);
     if (!e) e = front_matter(all.s, all.n, &skip, &front);
     if (!e) {
         run(&first, all.s + skip, all.n - skip);
@@ -291,7 +291,7 @@ static ibid_err read_text(const char *name, ibid_str all, const ibidi_encoding *
         ibid_buf_clear(&title);
         e = ibid_buf_append(&title, front.data, front.len);
     }
-    if (!e && !title.len) e = ibidi_title_of_name(name, &title);
+    if (!e && !title.len) e = ibidi_xt_title_of_name(name, &title);
     if (!e)
         e = sink->begin(sink->arg, (ibid_str){"", 0},
                         (ibid_str){title.data ? title.data : "", title.len}, (ibid_str){"", 0});
@@ -299,9 +299,9 @@ static ibid_err read_text(const char *name, ibid_str all, const ibidi_encoding *
         run(&m, all.s + skip, all.n - skip);
         e = m.err;
     }
-    if (!e) e = ibidi_extract_finish(&m.norm, enc);
-    ibidi_headings_fini(&m.headings);
-    ibidi_norm_fini(&m.norm);
+    if (!e) e = ibidi_xt_finish(&m.norm, enc);
+    ibidi_xt_headings_fini(&m.headings);
+    ibidi_xt_norm_fini(&m.norm);
     ibid_buf_fini(&m.heading);
     ibid_buf_fini(&first.heading);
     ibid_buf_fini(&title);
@@ -309,16 +309,16 @@ static ibid_err read_text(const char *name, ibid_str all, const ibidi_encoding *
     return e;
 }
 
-ibid_err ibidi_extract_markdown(const char *name, const char *p, size_t n,
-                                const ibid_extract_sink *sink) {
+ibid_err ibidi_xt_markdown(const char *name, const char *p, size_t n,
+                           const ibid_extract_sink *sink) {
     char reason[IBID_EXTRACT_REASON_MAX];
-    ibidi_encoding enc = ibidi_charset_detect(p, n);
+    ibidi_xt_encoding enc = ibidi_xt_charset_detect(p, n);
     ibid_buf buf;
     ibid_str all;
     if (enc.set == IBIDI_BINARY)
-        return ibidi_extract_state(sink, name, ibidi_charset_state(&enc, reason), reason);
+        return ibidi_xt_state(sink, name, ibidi_xt_charset_state(&enc, reason), reason);
     ibid_buf_init(&buf, IBID_EXTRACT_INPUT_MAX);
-    ibid_err e = ibidi_charset_whole(&enc, p, n, &buf, &all);
+    ibid_err e = ibidi_xt_charset_whole(&enc, p, n, &buf, &all);
     if (!e) e = read_text(name, all, &enc, sink);
     ibid_buf_fini(&buf);
     return e;

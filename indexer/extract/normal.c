@@ -13,22 +13,22 @@
  */
 enum { CARRY = 8 * 1024, BUFFER_MAX = 1024 * 1024, OUT_FLUSH = 32 * 1024 };
 
-ibid_err ibidi_norm_init(ibidi_norm *n, const ibid_extract_sink *sink) {
-    *n = (ibidi_norm){.sink = sink};
+ibid_err ibidi_xt_norm_init(ibidi_xt_norm *n, const ibid_extract_sink *sink) {
+    *n = (ibidi_xt_norm){.sink = sink};
     ibid_buf_init(&n->carry, BUFFER_MAX);
     ibid_buf_init(&n->out, BUFFER_MAX);
     return IBID_OK;
 }
 
-void ibidi_norm_fini(ibidi_norm *n) {
+void ibidi_xt_norm_fini(ibidi_xt_norm *n) {
     ibid_buf_fini(&n->carry);
     ibid_buf_fini(&n->out);
 }
 
-static ibid_err hand_on(ibidi_norm *n) {
+static ibid_err hand_on(ibidi_xt_norm *n) {
     ibid_err e = IBID_OK;
     for (size_t i = 0; !e && i < n->out.len;) {
-        size_t len = ibidi_utf8_cut(n->out.data + i, n->out.len - i, IBID_EXTRACT_PIECE_MAX);
+        size_t len = ibidi_xt_utf8_cut(n->out.data + i, n->out.len - i, IBID_EXTRACT_PIECE_MAX);
         e = n->sink->text(n->sink->arg, (ibid_str){n->out.data + i, len});
         i += len;
     }
@@ -37,7 +37,7 @@ static ibid_err hand_on(ibidi_norm *n) {
 }
 
 /* Writes what stands between the last visible character and the next one. */
-static ibid_err open_gap(ibidi_norm *n) {
+static ibid_err open_gap(ibidi_xt_norm *n) {
     ibid_err e = IBID_OK;
     size_t before = n->out.len;
     if (n->total > 0) { /* nothing blank at the start */
@@ -56,7 +56,7 @@ static ibid_err open_gap(ibidi_norm *n) {
 }
 
 /* Composed text, without CR and control characters, into the output. */
-static ibid_err emit(ibidi_norm *n, const char *p, size_t len) {
+static ibid_err emit(ibidi_xt_norm *n, const char *p, size_t len) {
     ibid_err e = IBID_OK;
     for (size_t i = 0; !e && i < len;) {
         char c = p[i];
@@ -88,11 +88,11 @@ static bool quiet(uint32_t cp) {
            (cp >= 0xAC00 && cp <= 0xD7A3) || (cp >= 0xFF01 && cp <= 0xFF5E);
 }
 
-static ibid_err compose(ibidi_norm *n, const char *p, size_t len) {
+static ibid_err compose(ibidi_xt_norm *n, const char *p, size_t len) {
     bool plain = true;
     for (size_t i = 0; plain && i < len;) {
         uint32_t cp = 0;
-        size_t step = ibidi_utf8_next(p + i, len - i, &cp);
+        size_t step = ibidi_xt_utf8_next(p + i, len - i, &cp);
         plain = step > 0 && quiet(cp);
         i += step;
     }
@@ -116,7 +116,7 @@ static size_t safe_cut(const ibid_buf *b) {
         i--;
         while (i > 0 && ((unsigned char)b->data[i] & 0xC0) == 0x80) i--;
         uint32_t cp = 0;
-        if (!ibidi_utf8_next(b->data + i, b->len - i, &cp)) continue;
+        if (!ibidi_xt_utf8_next(b->data + i, b->len - i, &cp)) continue;
         if (i > 0 && quiet(cp)) return i;
         if (!starter && utf8proc_get_property((utf8proc_int32_t)cp)->combining_class == 0)
             starter = i;
@@ -124,7 +124,7 @@ static size_t safe_cut(const ibid_buf *b) {
     return starter ? starter : b->len;
 }
 
-static ibid_err settle(ibidi_norm *n, bool all) {
+static ibid_err settle(ibidi_xt_norm *n, bool all) {
     size_t cut = all ? n->carry.len : safe_cut(&n->carry);
     if (!cut) return IBID_OK;
     ibid_err e = compose(n, n->carry.data, cut);
@@ -146,7 +146,7 @@ static uint32_t map_char(uint32_t cp) {
     return cp;
 }
 
-ibid_err ibidi_norm_text(ibidi_norm *n, const char *p, size_t len) {
+ibid_err ibidi_xt_norm_text(ibidi_xt_norm *n, const char *p, size_t len) {
     ibid_err e = IBID_OK;
     for (size_t i = 0; !e && i < len;) {
         size_t run = i;
@@ -157,24 +157,24 @@ ibid_err ibidi_norm_text(ibidi_norm *n, const char *p, size_t len) {
             i = run;
         } else {
             uint32_t cp = 0xFFFD;
-            size_t step = ibidi_utf8_next(p + i, len - i, &cp);
+            size_t step = ibidi_xt_utf8_next(p + i, len - i, &cp);
             i += step ? step : 1;
             bool crlf = n->after_cr && cp == '\n';
             n->after_cr = cp == '\r';
             uint32_t to = cp == '\r' ? '\n' : map_char(cp);
             char utf8[4];
-            if (!crlf && to) e = ibid_buf_append(&n->carry, utf8, ibidi_utf8_put(to, utf8));
+            if (!crlf && to) e = ibid_buf_append(&n->carry, utf8, ibidi_xt_utf8_put(to, utf8));
         }
         if (!e && n->carry.len >= CARRY) e = settle(n, false);
     }
     return e;
 }
 
-ibid_err ibidi_norm_puts(ibidi_norm *n, const char *s) {
-    return ibidi_norm_text(n, s, strlen(s));
+ibid_err ibidi_xt_norm_puts(ibidi_xt_norm *n, const char *s) {
+    return ibidi_xt_norm_text(n, s, strlen(s));
 }
 
-ibid_err ibidi_norm_break(ibidi_norm *n, size_t blank) {
+ibid_err ibidi_xt_norm_break(ibidi_xt_norm *n, size_t blank) {
     ibid_err e = settle(n, true);
     n->after_cr = false;
     n->n_gap = 0;
@@ -182,15 +182,15 @@ ibid_err ibidi_norm_break(ibidi_norm *n, size_t blank) {
     return e;
 }
 
-ibid_err ibidi_norm_locator(ibidi_norm *n, const char *s, size_t len) {
+ibid_err ibidi_xt_norm_locator(ibidi_xt_norm *n, const char *s, size_t len) {
     ibid_err e = settle(n, true);
-    n->n_locator = ibidi_utf8_cut(s, len, sizeof n->locator);
+    n->n_locator = ibidi_xt_utf8_cut(s, len, sizeof n->locator);
     memcpy(n->locator, s, n->n_locator);
     n->has_locator = true;
     return e;
 }
 
-ibid_err ibidi_norm_flush(ibidi_norm *n) {
+ibid_err ibidi_xt_norm_flush(ibidi_xt_norm *n) {
     ibid_err e = settle(n, true);
     return e ? e : hand_on(n);
 }
@@ -199,20 +199,20 @@ static ibid_err line_text(void *arg, ibid_str piece) {
     return ibid_buf_append(arg, piece.s, piece.n);
 }
 
-ibid_err ibidi_norm_line(const char *p, size_t n, size_t max, ibid_buf *out) {
+ibid_err ibidi_xt_norm_line(const char *p, size_t n, size_t max, ibid_buf *out) {
     ibid_buf b;
     ibid_buf_init(&b, BUFFER_MAX);
     ibid_extract_sink sink = {.arg = &b, .text = line_text};
-    ibidi_norm norm;
-    ibid_err e = ibidi_norm_init(&norm, &sink);
+    ibidi_xt_norm norm;
+    ibid_err e = ibidi_xt_norm_init(&norm, &sink);
     /* Four times the limit is enough to fill it: composing shrinks text by less. */
-    if (!e) e = ibidi_norm_text(&norm, p, ibidi_utf8_cut(p, n, 4 * max));
-    if (!e) e = ibidi_norm_flush(&norm);
+    if (!e) e = ibidi_xt_norm_text(&norm, p, ibidi_xt_utf8_cut(p, n, 4 * max));
+    if (!e) e = ibidi_xt_norm_flush(&norm);
     bool gap = false;
     size_t start = out->len;
     for (size_t i = 0; !e && i < b.len;) {
         uint32_t cp;
-        size_t step = ibidi_utf8_next(b.data + i, b.len - i, &cp);
+        size_t step = ibidi_xt_utf8_next(b.data + i, b.len - i, &cp);
         if (!step) break;
         if (cp == ' ' || cp == '\n' || cp == '\t') {
             gap = true;
@@ -224,7 +224,7 @@ ibid_err ibidi_norm_line(const char *p, size_t n, size_t max, ibid_buf *out) {
         }
         i += step;
     }
-    ibidi_norm_fini(&norm);
+    ibidi_xt_norm_fini(&norm);
     ibid_buf_fini(&b);
     return e;
 }

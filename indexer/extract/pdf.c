@@ -17,7 +17,7 @@
 enum { PAGE_MAX = 8 * 1024 * 1024, PDF_TEXT_MAX = 256 * 1024 * 1024, LINE_MAX_JOIN = 40 };
 
 struct pdf {
-    ibidi_norm norm;
+    ibidi_xt_norm norm;
     ibid_buf page; /* the page's bytes so far */
     uint64_t number, with_text, bytes;
     ibid_buf textless; /* "2, 5, 9" */
@@ -51,8 +51,8 @@ static ibid_err page_text(struct pdf *d, const char *p, size_t n) {
         const char *next = end + 1 < n ? p + end + 1 : "";
         const char *next_lf = end + 1 < n ? memchr(next, '\n', n - end - 1) : NULL;
         size_t next_n = end + 1 < n ? (next_lf ? (size_t)(next_lf - next) : n - end - 1) : 0;
-        e = ibidi_norm_text(&d->norm, p + i, len);
-        if (!e) e = ibidi_norm_puts(&d->norm, goes_on(p + i, len, next, next_n) ? " " : "\n");
+        e = ibidi_xt_norm_text(&d->norm, p + i, len);
+        if (!e) e = ibidi_xt_norm_puts(&d->norm, goes_on(p + i, len, next, next_n) ? " " : "\n");
         i = end + 1;
     }
     return e;
@@ -61,18 +61,20 @@ static ibid_err page_text(struct pdf *d, const char *p, size_t n) {
 static ibid_err end_page(struct pdf *d) {
     char name[40];
     uint64_t before = d->norm.total;
-    ibidi_encoding enc = {.set = IBIDI_UTF8_DAMAGED}; /* pdftotext's output is not trusted either */
+    ibidi_xt_encoding enc = {.set =
+                                 IBIDI_UTF8_DAMAGED}; /* pdftotext's output is not trusted either */
     ibid_buf clean;
     ibid_str text = {"", 0};
     d->number++;
     ibid_buf_init(&clean, 4 * PAGE_MAX);
     int n = snprintf(name, sizeof name, "page %llu", (unsigned long long)d->number);
     ibid_err e = begin(d);
-    if (!e) e = ibidi_norm_break(&d->norm, 1);
-    if (!e) e = ibidi_norm_locator(&d->norm, name, (size_t)n);
-    if (!e && d->page.len) e = ibidi_charset_whole(&enc, d->page.data, d->page.len, &clean, &text);
+    if (!e) e = ibidi_xt_norm_break(&d->norm, 1);
+    if (!e) e = ibidi_xt_norm_locator(&d->norm, name, (size_t)n);
+    if (!e && d->page.len)
+        e = ibidi_xt_charset_whole(&enc, d->page.data, d->page.len, &clean, &text);
     if (!e) e = page_text(d, text.s, text.n);
-    if (!e) e = ibidi_norm_flush(&d->norm);
+    if (!e) e = ibidi_xt_norm_flush(&d->norm);
     if (!e && d->norm.total > before) d->with_text++;
     if (!e && d->norm.total == before && d->n_textless++ < 50)
         e = ibid_buf_printf(&d->textless, "%s%llu", d->n_textless > 1 ? ", " : "",
@@ -117,7 +119,7 @@ static void exec_pdftotext(int file, int out) {
 static ibid_err finish(struct pdf *d, int status) {
     char reason[IBID_EXTRACT_REASON_MAX];
     bool broke = !WIFEXITED(status) || WEXITSTATUS(status) != 0;
-    ibid_err e = ibidi_norm_flush(&d->norm);
+    ibid_err e = ibidi_xt_norm_flush(&d->norm);
     if (!e) e = begin(d);
     if (e) return e;
     if ((broke || d->too_much) && d->with_text == 0) {
@@ -176,8 +178,8 @@ ibid_err ibid_extract_pdf(const char *name, int fd, const ibid_extract_sink *sin
     ibid_buf_init(&d.page, PAGE_MAX);
     ibid_buf_init(&d.textless, 64 * 1024);
     ibid_buf_init(&d.title, 64 * 1024);
-    ibid_err e = ibidi_norm_init(&d.norm, sink);
-    if (!e) e = ibidi_title_of_name(name, &d.title);
+    ibid_err e = ibidi_xt_norm_init(&d.norm, sink);
+    if (!e) e = ibidi_xt_title_of_name(name, &d.title);
     if (!e && pipe2(p, O_CLOEXEC) != 0) e = ibid_fail_errno(errno, "opening a pipe for", name);
     pid_t pid = e ? -1 : fork();
     if (pid == 0) exec_pdftotext(fd, p[1]);
@@ -190,7 +192,7 @@ ibid_err ibid_extract_pdf(const char *name, int fd, const ibid_extract_sink *sin
         while (waitpid(pid, &status, 0) < 0 && errno == EINTR) continue;
     }
     if (!e) e = finish(&d, status);
-    ibidi_norm_fini(&d.norm);
+    ibidi_xt_norm_fini(&d.norm);
     ibid_buf_fini(&d.page);
     ibid_buf_fini(&d.textless);
     ibid_buf_fini(&d.title);

@@ -7,7 +7,7 @@
 enum { LOCATOR_EVERY = 512 }; /* bytes of text between two locators */
 
 struct text {
-    ibidi_norm norm;
+    ibidi_xt_norm norm;
     uint64_t line;
     size_t since; /* bytes since the last locator */
     bool line_start, after_cr;
@@ -18,7 +18,7 @@ static ibid_err locate(struct text *t) {
     char name[40];
     int n = snprintf(name, sizeof name, "line %llu", (unsigned long long)t->line);
     t->since = 0;
-    return ibidi_norm_locator(&t->norm, name, (size_t)n);
+    return ibidi_xt_norm_locator(&t->norm, name, (size_t)n);
 }
 
 static ibid_err piece(void *arg, const char *p, size_t n) {
@@ -30,7 +30,7 @@ static ibid_err piece(void *arg, const char *p, size_t n) {
         while (end < n && p[end] != '\n' && p[end] != '\r') end++;
         bool ended = end < n;
         if (ended) end++;
-        if (!e) e = ibidi_norm_text(&t->norm, p + i, end - i);
+        if (!e) e = ibidi_xt_norm_text(&t->norm, p + i, end - i);
         bool lf_of_crlf = t->after_cr && end == i + 1 && p[i] == '\n';
         t->line += ended && !lf_of_crlf;
         t->after_cr = ended && p[end - 1] == '\r';
@@ -58,37 +58,36 @@ static ibid_err first_line(const char *p, size_t n, ibid_buf *out) {
     bool letter = false;
     for (size_t k = i; k < i + len; k++)
         letter |= (unsigned char)p[k] >= 0x80 || ((p[k] | 32) >= 'a' && (p[k] | 32) <= 'z');
-    return letter ? ibidi_norm_line(p + i, len, IBID_EXTRACT_TITLE_MAX, out) : IBID_OK;
+    return letter ? ibidi_xt_norm_line(p + i, len, IBID_EXTRACT_TITLE_MAX, out) : IBID_OK;
 }
 
 static ibid_err take_head(void *arg, const char *p, size_t n) {
     return ibid_buf_append(arg, p, n);
 }
 
-ibid_err ibidi_extract_text(const char *name, const char *p, size_t n,
-                            const ibid_extract_sink *sink) {
+ibid_err ibidi_xt_text(const char *name, const char *p, size_t n, const ibid_extract_sink *sink) {
     char reason[IBID_EXTRACT_REASON_MAX];
-    ibidi_encoding enc = ibidi_charset_detect(p, n);
+    ibidi_xt_encoding enc = ibidi_xt_charset_detect(p, n);
     if (enc.set == IBIDI_BINARY)
-        return ibidi_extract_state(sink, name, ibidi_charset_state(&enc, reason), reason);
+        return ibidi_xt_state(sink, name, ibidi_xt_charset_state(&enc, reason), reason);
     ibid_buf title, head;
     struct text t = {.line = 1, .line_start = true, .since = LOCATOR_EVERY};
     ibid_buf_init(&title, 64 * 1024);
     ibid_buf_init(&head, 64 * 1024);
-    ibid_err e = ibidi_norm_init(&t.norm, sink);
-    if (!e) e = ibidi_charset_decode(&enc, p, n < 4096 ? n : 4096, take_head, &head);
+    ibid_err e = ibidi_xt_norm_init(&t.norm, sink);
+    if (!e) e = ibidi_xt_charset_decode(&enc, p, n < 4096 ? n : 4096, take_head, &head);
     if (!e && head.len) {
         /* The cut at 4096 bytes may have split the last character; the title lies far before it. */
-        size_t whole = ibidi_utf8_cut(head.data, head.len, head.len > 2048 ? 2048 : head.len);
+        size_t whole = ibidi_xt_utf8_cut(head.data, head.len, head.len > 2048 ? 2048 : head.len);
         e = first_line(head.data, whole, &title);
     }
-    if (!e && !title.len) e = ibidi_title_of_name(name, &title);
+    if (!e && !title.len) e = ibidi_xt_title_of_name(name, &title);
     if (!e)
         e = sink->begin(sink->arg, (ibid_str){"", 0},
                         (ibid_str){title.data ? title.data : "", title.len}, (ibid_str){"", 0});
-    if (!e) e = ibidi_charset_decode(&enc, p, n, piece, &t);
-    if (!e) e = ibidi_extract_finish(&t.norm, &enc);
-    ibidi_norm_fini(&t.norm);
+    if (!e) e = ibidi_xt_charset_decode(&enc, p, n, piece, &t);
+    if (!e) e = ibidi_xt_finish(&t.norm, &enc);
+    ibidi_xt_norm_fini(&t.norm);
     ibid_buf_fini(&title);
     ibid_buf_fini(&head);
     return e;

@@ -19,7 +19,7 @@ static void must(bool ok) {
 static void must_be_text(ibid_str s, bool lines) {
     uint32_t cp = 0;
     for (size_t i = 0; i < s.n;) {
-        size_t len = ibidi_utf8_next(s.s + i, s.n - i, &cp);
+        size_t len = ibidi_xt_utf8_next(s.s + i, s.n - i, &cp);
         must(len > 0);
         must(cp >= 0x20 || (lines && (cp == '\n' || cp == '\t')));
         i += len;

@@ -235,22 +235,22 @@ static void frames_round_trip(void **state) {
         .kind = IBID_FRAME_BEGIN, .id = {"id", 2}, .title = {"title", 5}, .metadata = {"{}", 2}};
     ibid_frame out;
     size_t n = 0;
-    assert_int_equal(ibidi_frame_put(&b, &in), IBID_OK);
+    assert_int_equal(ibidi_xt_frame_put(&b, &in), IBID_OK);
     const char *payload = b.data + IBIDI_FRAME_HEADER;
-    assert_int_equal(ibidi_frame_header((const unsigned char *)b.data, &out, &n), IBID_OK);
-    assert_int_equal(ibidi_frame_payload(payload, n, &out), IBID_OK);
+    assert_int_equal(ibidi_xt_frame_header((const unsigned char *)b.data, &out, &n), IBID_OK);
+    assert_int_equal(ibidi_xt_frame_payload(payload, n, &out), IBID_OK);
     assert_int_equal(out.title.n, 5);
     assert_memory_equal(out.metadata.s, "{}", 2);
     for (size_t cut = 0; cut < 8; cut++)
-        assert_int_equal(ibidi_frame_payload(payload, cut, &out), IBID_PROTO);
+        assert_int_equal(ibidi_xt_frame_payload(payload, cut, &out), IBID_PROTO);
     b.data[IBIDI_FRAME_HEADER] = 100; /* an id longer than the frame */
-    assert_int_equal(ibidi_frame_payload(payload, n, &out), IBID_PROTO);
+    assert_int_equal(ibidi_xt_frame_payload(payload, n, &out), IBID_PROTO);
     static const unsigned char bad[][8] = {{0},    {7},    {1, 1},
                                            {4, 0}, {4, 6}, {3, 0, 0, 0, 1, 0, 3, 0}};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
-        assert_int_equal(ibidi_frame_header(bad[i], &out, &n), IBID_PROTO);
+        assert_int_equal(ibidi_xt_frame_header(bad[i], &out, &n), IBID_PROTO);
     out = (ibid_frame){.kind = IBID_FRAME_TEXT};
-    assert_int_equal(ibidi_frame_payload("\xC3", 1, &out), IBID_PROTO);
+    assert_int_equal(ibidi_xt_frame_payload("\xC3", 1, &out), IBID_PROTO);
     ibid_buf_fini(&b);
 }
 

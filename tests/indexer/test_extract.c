@@ -77,7 +77,7 @@ static void random_text_is_nfc(void **state) {
         size_t n = 0;
         while (n < 5900) {
             seed = seed * 6364136223846793005u + 1442695040888963407u;
-            n += ibidi_utf8_put(pick[(seed >> 33) % (sizeof pick / sizeof *pick)], text + n);
+            n += ibidi_xt_utf8_put(pick[(seed >> 33) % (sizeof pick / sizeof *pick)], text + n);
         }
         struct collected *c = extract_n(IBID_FORMAT_TEXT, "a.txt", text, n);
         ibid_str got = {c->docs[0].text.data, c->docs[0].text.len};
