@@ -38,3 +38,6 @@ endif()
 add_library(ibid_faiss INTERFACE)
 target_include_directories(ibid_faiss SYSTEM INTERFACE ${FAISS_C_INCLUDE})
 target_link_libraries(ibid_faiss INTERFACE ${FAISS_C_LIBRARY})
+# Only programs that call FAISS load it (it brings BLAS and OpenMP along), and installed ones find it.
+target_link_options(ibid_faiss INTERFACE LINKER:--as-needed)
+set(CMAKE_INSTALL_RPATH_USE_LINK_PATH ON)

@@ -1,5 +1,6 @@
-/* The retriever room, as other rooms see it: search over token keys and words, find in one document.
- * These calls send messages to ibid-retriever (room "retriever"); handlers: retriever_service.c. */
+/* The retriever room, as other rooms see it: search over token keys and words, find in one
+ * document. These calls send messages to ibid-retriever (room "retriever"); handlers:
+ * retriever_service.c. */
 #ifndef IBID_RETRIEVER_H
 #define IBID_RETRIEVER_H
 
@@ -12,8 +13,8 @@ typedef struct ibid_filter { /* document metadata: the value at KEY, as text, eq
 
 typedef struct ibid_search_request {
     ibid_str collection, question;
-    size_t top;        /* 0 = 10 */
-    bool chunks;       /* several chunks of one document; otherwise the best one each */
+    size_t top;                 /* 0 = 10 */
+    bool chunks;                /* several chunks of one document; otherwise the best one each */
     const ibid_filter *filters; /* all must hold */
     size_t n_filters;
     bool keys_only, lexical_only; /* for measuring; default both, fused */
@@ -22,18 +23,19 @@ typedef struct ibid_search_request {
 typedef struct ibid_hit {
     uint64_t document, chunk, block; /* numbers; chunk is the index in its document */
     ibid_str id, title, locator;
-    uint64_t start, end;             /* bytes of the normalised text */
+    uint64_t start, end; /* bytes of the normalised text */
     ibid_str text;
-    double score, keys, lexical;     /* fused; MaxSim 0..1; BM25 (0 = no word matched) */
+    double score, keys, lexical; /* fused; MaxSim 0..1; BM25 (0 = no word matched) */
 } ibid_hit;
 
 typedef struct ibid_search_result {
     const ibid_hit *hits; /* descending score */
     size_t n;
-    bool relevant;        /* the best hit passes the calibrated threshold */
+    bool relevant; /* the best hit passes the calibrated threshold */
     double keys_ms, lexical_ms, total_ms;
-    uint64_t generation;  /* of the store the answer reflects */
-    ibid_reply reply;     /* everything above lies here */
+    uint64_t generation; /* of the store the answer reflects */
+    ibid_str degraded;   /* why only words were searched; "" = keys too, or as asked */
+    ibid_reply reply;    /* everything above lies here */
     ibid_hit *storage;
 } ibid_search_result;
 
@@ -45,7 +47,7 @@ void ibid_search_result_close(ibid_search_result *r);
 typedef struct ibid_find_request {
     ibid_str collection, document, query; /* document: its id */
     bool exact_only;
-    double min_score;  /* < 0: the calibrated threshold */
+    double min_score;   /* < 0: the calibrated threshold */
     size_t max_matches; /* 0 = 1000 */
 } ibid_find_request;
 
@@ -60,6 +62,7 @@ typedef struct ibid_find_result {
     const ibid_match *matches; /* exact ones by position, then semantic ones by descending score */
     size_t n;
     double total_ms, coverage; /* share of the document's blocks that was scored */
+    ibid_str degraded;         /* why there are exact matches only; "" = both (or as asked) */
     ibid_reply reply;
     ibid_match *storage;
 } ibid_find_result;

@@ -1,0 +1,21 @@
+/* Occurrences of a query in a text, whatever their case, Unicode form and white space. Pure.
+ *
+ * Both are folded to NFKD with case folding; default-ignorable characters vanish (soft hyphens,
+ * joiners) and a run of white space is one space. An occurrence begins and ends at whole characters
+ * of the text with all their marks: "e" is not found in an e with an accent, however that is
+ * encoded. */
+#ifndef IBID_RETRIEVER_FOLDED_H
+#define IBID_RETRIEVER_FOLDED_H
+
+#include "kvstore/kvstore.h"
+
+typedef struct ibidi_occurrence {
+    uint64_t start, end; /* bytes of the text */
+    bool same;           /* the very bytes of the query, white space around it left out */
+} ibidi_occurrence;
+
+/* Up to max, in order, not overlapping. *out: ibid_free. A query without a visible character has
+ * none. Errors: NOMEM. */
+ibid_err ibidi_occurrences(ibid_str text, ibid_str query, size_t max, ibidi_occurrence **out,
+                           size_t *n);
+#endif
