@@ -160,14 +160,19 @@ static inline uint64_t job_start(struct rooms *r, const char *collection, const 
 
 /* Waits for a job's end (or pause); fails after a while. The caller closes the status. */
 static inline void job_wait(struct rooms *r, uint64_t job, ibid_job_status *s) {
-    for (int i = 0; i < 600; i++) {
-        ibid_err e = ibid_idx_status(r->idx, job, 0, 300, s);
+    uint64_t from = 0;
+    bool over = false;
+    for (int i = 0; i < 1200; i++) {
+        ibid_err e = ibid_idx_status(r->idx, job, over ? 0 : from, over ? 0 : 300, s);
         if (e == IBID_UNAVAIL || e == IBID_TIMEOUT) {
             (void)usleep(100000);
             continue;
         }
         if (e) fail_msg("status of job %llu: %s", (unsigned long long)job, ibid_err_detail());
-        if (!str_is(s->state, "queued") && !str_is(s->state, "running")) return;
+        if (over) return;
+        /* Once it is over, ask again for all results. */
+        over = !str_is(s->state, "queued") && !str_is(s->state, "running");
+        from = s->next;
         ibid_job_status_close(s);
     }
     fail_msg("job %llu does not end", (unsigned long long)job);

@@ -89,7 +89,7 @@ static void every_end_state(void **state) {
     assert_int_equal(mkdir(path, 0700), 0); /* a folder now: gone as a file */
     index_all(&rooms, "states", (ibid_index_request){0}, &s);
     assert_int_equal(s.encoded_tokens, 0);
-    assert_int_equal(s.unchanged, 6); /* one two scan d e f g minus b */
+    assert_int_equal(s.unchanged, 7); /* one two scan.pdf d e f g */
     ibid_job_status_close(&s);
     assert_int_equal(stored(&rooms, "states", "a.md", NULL).state, IBID_DOC_READY);
     assert_int_equal(stored(&rooms, "states", "b.html", NULL).state, IBID_DOC_EMPTY);
