@@ -167,7 +167,7 @@ static ibid_err check_step(const ibid_engine *e, const ibid_step *s) {
         (s->n_layers && s->n_layers < e->m->n_layers && s->n_logits))
         return ibid_fail(IBID_INVAL, "%zu layers of %zu, %zu logits", s->n_layers, e->m->n_layers,
                          s->n_logits);
-    if (p && (p->row0 > s->n || p->n_rows > s->n - p->row0))
+    if (p && (!p->mass || p->row0 > s->n || p->n_rows > s->n - p->row0))
         return ibid_fail(IBID_INVAL, "probe of rows [%zu, %zu + %zu) of %zu", p->row0, p->row0,
                          p->n_rows, s->n);
     return check_rows(e->m, s);

@@ -82,6 +82,7 @@ static ibid_err check_views(const ibid_model *m, const ibid_kv_view *layers) {
 
 ibid_err ibid_seq_add_segment(ibid_seq *s, const ibid_segment *g) {
     const ibid_model *m = s->engine->m;
+    if (!g->layers) return ibid_fail(IBID_INVAL, "a segment without KV");
     ibidi_seg p = {.s = *g, .start = g->local0 + g->offset, .n_tokens = g->layers[0].n_tokens};
     ibid_err err = check_views(m, g->layers);
     if (err) return err;
