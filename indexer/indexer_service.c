@@ -150,8 +150,11 @@ static ibid_err start(ibidi_ix_room *r, ibidi_ix_job *j, uint64_t *id) {
     }
     *id = j->id;
     (void)pthread_mutex_lock(&r->mutex);
-    ibidi_ix_room_enqueue(r, j);
+    /* The look for interrupted jobs at start may have found its row already. */
+    bool twice = find_live(r, j->id) != NULL;
+    if (!twice) ibidi_ix_room_enqueue(r, j);
     (void)pthread_mutex_unlock(&r->mutex);
+    if (twice) ibidi_ix_job_free(j);
     return IBID_OK;
 }
 
@@ -249,9 +252,11 @@ static ibid_err resume_job(ibidi_ix_room *r, uint64_t id, bool *resumed) {
     *resumed = false;
     (void)pthread_mutex_lock(&r->mutex);
     bool live = find_live(r, id) != NULL;
-    /* One that is about to pause changes its mind. */
-    if (live && r->running == id && r->want == IBIDI_WANT_PAUSE) r->want = IBIDI_WANT_RUN;
+    bool pausing = live && r->running == id && r->want != IBIDI_WANT_RUN;
     (void)pthread_mutex_unlock(&r->mutex);
+    if (pausing)
+        return ibid_fail(IBID_BUSY, "job %llu is still stopping: try again in a moment",
+                         (unsigned long long)id);
     if (live) return IBID_OK;
     ibid_err e = read_job(r, id, &j);
     if (e) return e;

@@ -121,7 +121,7 @@ ibid_err ibidi_ix_job_save(ibidi_ix_room *r, ibidi_ix_job *j) {
                     .updated_ms = ibid_wall_ms()};
     (void)pthread_mutex_unlock(&r->mutex);
     if (!e) e = ibid_kvc_job_put(r->kv, &row, &id);
-    if (!e) j->id = id;
+    if (!e && j->id == 0) j->id = id; /* a new job is nobody else's yet */
     ibid_enc_fini(&spec);
     ibid_enc_fini(&report);
     return e;
@@ -458,6 +458,7 @@ static const char *end_state(ibid_err e, ibidi_ix_want want) {
     if (want == IBIDI_WANT_CANCEL) return "cancelled";
     if (want == IBIDI_WANT_PAUSE) return "paused";
     switch (e) {
+    case IBID_CANCELLED:
     case IBID_UNAVAIL:
     case IBID_TIMEOUT:
     case IBID_BUSY:
