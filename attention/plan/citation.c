@@ -1,265 +1,366 @@
 #include "attention/plan/citation.h"
-#include "rpc/base/mem.h"
 
-#include <ctype.h>
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
-#include <strings.h>
+#include <utf8proc.h>
 
-enum { QUOTES_DEFAULT = 3, QUOTE_BYTES_DEFAULT = 300, WORDS_MAX = 1024 };
+enum { WORDS_MAX = 4096 }; /* of an answer that are looked at */
 
-/* How much the two witnesses count, and which share of the best quote's weight a further one needs.
- */
-static const double attention_weight = 0.5, question_word = 0.25, further_share = 0.45;
+typedef struct word {
+    uint64_t hash;
+    uint64_t start, end; /* bytes */
+} word;
+
+typedef struct words {
+    word *w;
+    size_t n, room;
+} words;
+
+typedef struct sentence {
+    size_t block;
+    uint64_t start, end;
+    size_t word0, n_words; /* in the pool */
+    double score, overlap;
+    bool used;
+} sentence;
+
+typedef struct finder {
+    const ibid_cite_block *blocks;
+    size_t n_blocks;
+    words answer, question, pool;
+    sentence *s;
+    size_t n, room;
+    uint64_t *key;  /* [n_keys] distinct words of the answer, sorted */
+    double *weight; /* [n_keys] */
+    bool *covered;  /* [n_keys] */
+    size_t n_keys;
+    double total;
+} finder;
 
 /* ---- Words ---- */
 
-typedef struct word {
-    const char *s;
-    size_t n;
-    double weight;
-} word;
-
-static bool is_word(char c) {
-    return isalnum((unsigned char)c) || (c & 0x80);
+static ibid_err grow(void **p, size_t *room, size_t n, size_t size) {
+    size_t want = *room ? 2 * *room : 64, bytes;
+    if (n < *room) return IBID_OK;
+    void *q = ibid_mul_size(want, size, &bytes) ? ibid_realloc(*p, bytes) : NULL;
+    if (!q) return ibid_fail(IBID_NOMEM, "no memory to look for citations");
+    *p = q;
+    *room = want;
+    return IBID_OK;
 }
 
-/* The next word at or after *at; a dot or comma between digits belongs to its number. */
-static bool next_word(const char *t, size_t n, size_t *at, word *out) {
-    while (*at < n && !is_word(t[*at])) ++*at;
-    size_t start = *at;
-    while (*at < n && (is_word(t[*at]) ||
-                       ((t[*at] == '.' || t[*at] == ',') && *at > start && *at + 1 < n &&
-                        isdigit((unsigned char)t[*at - 1]) && isdigit((unsigned char)t[*at + 1]))))
-        ++*at;
-    *out = (word){.s = t + start, .n = *at - start};
-    return out->n > 0;
+/* The character at p, its length in *len (1 for a byte that is none). */
+static int32_t char_at(const char *p, size_t n, size_t *len) {
+    utf8proc_int32_t c = -1;
+    utf8proc_ssize_t k = utf8proc_iterate((const utf8proc_uint8_t *)p, (utf8proc_ssize_t)n, &c);
+    *len = k > 0 ? (size_t)k : 1;
+    return k > 0 ? c : -1;
 }
 
-static bool same_word(const word *a, const word *b) {
-    return a->n == b->n && strncasecmp(a->s, b->s, a->n) == 0;
+static bool is_word_char(int32_t c) {
+    utf8proc_category_t g = c < 0 ? UTF8PROC_CATEGORY_CN : utf8proc_category(c);
+    return (g >= UTF8PROC_CATEGORY_LU && g <= UTF8PROC_CATEGORY_NO);
 }
 
-/* Same, or one is the other with a short ending: "tower" and "towers". */
-static bool kindred(const word *a, const word *b) {
-    const word *s = a->n <= b->n ? a : b, *l = a->n <= b->n ? b : a;
-    if (same_word(a, b)) return true;
-    return s->n >= 4 && l->n - s->n <= 2 && !isdigit((unsigned char)s->s[0]) &&
-           strncasecmp(s->s, l->s, s->n) == 0;
+/* Scripts written without spaces: each character stands for a word. */
+static bool stands_alone(int32_t c) {
+    return (c >= 0x2E80 && c < 0xAC00) || (c >= 0xF900 && c < 0xFB00) || c >= 0x20000;
 }
 
-static bool text_has(const char *t, size_t n, const word *w) {
-    word x;
-    for (size_t at = 0; next_word(t, n, &at, &x);)
-        if (kindred(&x, w)) return true;
-    return false;
+static uint64_t mix(uint64_t h, int32_t c) {
+    return (h ^ (uint64_t)(uint32_t)utf8proc_tolower(c)) * UINT64_C(0x100000001b3);
 }
 
-static bool common_word(const word *w) {
-    static const char *const words[] = {
-        "a",    "an",    "and",  "are",  "as",   "at",  "be",   "by",   "for", "from",
-        "had",  "has",   "have", "he",   "her",  "his", "in",   "is",   "it",  "its",
-        "of",   "on",    "or",   "she",  "that", "the", "they", "this", "to",  "was",
-        "were", "which", "who",  "with", "not",  "no",  "yes",  "their"};
-    for (size_t i = 0; i < sizeof words / sizeof *words; i++)
-        if (w->n == strlen(words[i]) && strncasecmp(w->s, words[i], w->n) == 0) return true;
-    return false;
-}
-
-/* The answer's distinct words, each weighted by its rarity among the blocks; words of the question
- * count for a quarter. */
-static size_t answer_words(const char *answer, size_t n_answer, const char *question,
-                           size_t n_question, const ibid_cite_block *blocks, size_t n_blocks,
-                           word *out) {
-    size_t n = 0;
-    word w;
-    for (size_t at = 0; n < WORDS_MAX && next_word(answer, n_answer, &at, &w);) {
-        bool seen = common_word(&w);
-        for (size_t i = 0; i < n && !seen; i++) seen = same_word(&out[i], &w);
-        if (seen) continue;
-        size_t holders = 0;
-        for (size_t b = 0; b < n_blocks; b++)
-            holders += text_has(blocks[b].text, blocks[b].n_text, &w);
-        w.weight = log(1 + (double)(n_blocks + 1) / (double)(holders + 1)) + 0.3;
-        if (isdigit((unsigned char)w.s[0]) || isupper((unsigned char)w.s[0])) w.weight *= 1.5;
-        if (text_has(question, n_question, &w)) w.weight *= question_word;
-        out[n++] = w;
+static ibid_err add_words(words *to, ibid_str text, uint64_t start, uint64_t end, size_t most) {
+    size_t len, n = 0;
+    for (uint64_t at = start; at < end && n < most;) {
+        int32_t c = char_at(text.s + at, (size_t)(end - at), &len);
+        if (!is_word_char(c)) {
+            at += len;
+            continue;
+        }
+        word w = {UINT64_C(0xcbf29ce484222325), at, at};
+        bool alone = stands_alone(c);
+        while (at < end && is_word_char(c) && (alone || !stands_alone(c))) {
+            w.hash = mix(w.hash, c);
+            w.end = at += len;
+            if (alone) break;
+            if (at < end) c = char_at(text.s + at, (size_t)(end - at), &len);
+        }
+        ibid_err e = grow((void **)&to->w, &to->room, to->n, sizeof *to->w);
+        if (e) return e;
+        to->w[to->n++] = w;
+        n++;
     }
-    return n;
+    return IBID_OK;
 }
 
 /* ---- Sentences ---- */
 
-size_t ibid_sentence_end(const char *text, size_t n, size_t from) {
-    for (size_t i = from; i < n; i++) {
-        char c = text[i];
-        if (c == '\n' && (i + 1 >= n || text[i + 1] == '\n')) return i;
-        if (c != '.' && c != '!' && c != '?') continue;
-        size_t end = i + 1;
-        while (end < n && strchr("\"')]", text[end]) && text[end]) end++;
-        while (end + 2 < n && memcmp(text + end, "\xE2\x80\x9D", 3) == 0) end += 3;
-        if (end < n && !isspace((unsigned char)text[end])) continue;
-        bool initial = c == '.' && i > from && isupper((unsigned char)text[i - 1]) &&
-                       (i - from == 1 || !is_word(text[i - 2]));
-        if (!initial) return end;
+static bool is_space(char c) {
+    return c == ' ' || c == '\n' || c == '\t' || c == '\r';
+}
+
+/* "J." and the like end no sentence. */
+static bool is_initial(const char *text, uint64_t start, uint64_t dot) {
+    static const char *const known[] = {"Mr", "Mrs", "Ms",   "Dr",  "St", "No", "vs", "e.g", "i.e",
+                                        "cf", "ca",  "Prof", "Fig", "Jr", "Sr", "Mt", "Lt",  "Col"};
+    uint64_t at = dot;
+    while (at > start && !is_space(text[at - 1]) && text[at - 1] != '(') at--;
+    size_t n = (size_t)(dot - at);
+    if (n == 1 && text[at] >= 'A' && text[at] <= 'Z') return true;
+    if (n >= 3 && n <= 7 && text[dot - 2] == '.') return true; /* "U.S" */
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (strlen(known[i]) == n && memcmp(known[i], text + at, n) == 0) return true;
+    return false;
+}
+
+/* Where the sentence that starts at `start` ends. */
+static uint64_t sentence_end(const char *t, uint64_t start, uint64_t end) {
+    for (uint64_t at = start; at < end; at++) {
+        if (t[at] == '\n') return at;
+        if (end - at >= 3 &&
+            (memcmp(t + at, "\xE3\x80\x82", 3) == 0 || memcmp(t + at, "\xEF\xBC\x9F", 3) == 0 ||
+             memcmp(t + at, "\xEF\xBC\x81", 3) == 0))
+            return at + 3;
+        if (t[at] != '.' && t[at] != '!' && t[at] != '?') continue;
+        uint64_t after = at + 1;
+        while (after < end && strchr("\"')]", t[after]) && t[after]) after++;
+        if (after == end) return end;
+        if (!is_space(t[after]) || (t[at] == '.' && is_initial(t, start, at))) continue;
+        uint64_t next = after;
+        while (next < end && is_space(t[next])) next++;
+        if (next < end && t[next] >= 'a' && t[next] <= 'z') continue;
+        return after;
     }
-    return n;
-}
-
-static size_t skip_space(const char *t, size_t n, size_t at) {
-    while (at < n && isspace((unsigned char)t[at])) at++;
-    return at;
-}
-
-static double overlap(const char *t, size_t n, const word *words, size_t n_words) {
-    double sum = 0;
-    for (size_t i = 0; i < n_words; i++)
-        if (text_has(t, n, &words[i])) sum += words[i].weight;
-    return sum;
-}
-
-/* Attention mass of the tokens that end in (start, end]. */
-static double mass_between(const ibid_cite_block *b, size_t start, size_t end) {
-    double sum = 0;
-    for (size_t i = 0; b->mass && i < b->n_tokens; i++)
-        if (b->ends[i] > start && b->ends[i] <= end) sum += b->mass[i];
-    return sum;
-}
-
-static bool utf8_inside(const char *t, size_t n, size_t at) {
-    return at < n && (t[at] & 0xC0) == 0x80;
-}
-
-/* Where a window of at most `limit` bytes from `from` ends: after a whole word where there is one.
- */
-static size_t window_end(const ibid_cite_block *b, size_t from, size_t stop, size_t limit) {
-    const char *t = b->text;
-    if (stop - from <= limit) return stop;
-    size_t end = from + limit, back = end;
-    while (back > from && is_word(t[back - 1]) && is_word(t[back])) back--;
-    if (back > from) end = back;
-    while (end > from && utf8_inside(t, b->n_text, end)) end--;
-    while (end > from && isspace((unsigned char)t[end - 1])) end--;
     return end;
 }
 
-/* Cuts a sentence that is too long to the window, from word to word, that holds the most weight. */
-static void cut(const ibid_cite_block *b, const word *words, size_t n_words, size_t limit,
-                ibid_cite *c) {
-    if (c->end - c->start <= limit) return;
-    const char *t = b->text;
-    size_t start = c->start, end = window_end(b, c->start, c->end, limit);
-    double most = -1;
-    word w;
-    for (size_t at = c->start; next_word(t, c->end, &at, &w);) {
-        size_t from = (size_t)(w.s - t), to = window_end(b, from, c->end, limit);
-        double sum =
-            overlap(t + from, to - from, words, n_words) + 1e-6 * mass_between(b, from, to);
-        if (sum > most) {
-            most = sum;
-            start = from;
-            end = to;
-        }
-        if (to == c->end) break;
-    }
-    c->start = start;
-    c->end = end;
+static ibid_err add_sentence(finder *f, size_t block, uint64_t start, uint64_t end) {
+    const ibid_cite_block *b = &f->blocks[block];
+    while (start < end && is_space(b->text.s[start])) start++;
+    while (end > start && is_space(b->text.s[end - 1])) end--;
+    if (start == end) return IBID_OK;
+    ibid_err e = grow((void **)&f->s, &f->room, f->n, sizeof *f->s);
+    if (e) return e;
+    sentence s = {.block = block, .start = start, .end = end, .word0 = f->pool.n};
+    e = add_words(&f->pool, b->text, start, end, SIZE_MAX);
+    s.n_words = f->pool.n - s.word0;
+    if (!e && s.n_words) f->s[f->n++] = s;
+    return e;
 }
 
-/* ---- Choice ---- */
-
-struct pool {
-    ibid_cite *items;
-    size_t n, room;
-};
-
-static ibid_err add(struct pool *p, ibid_cite c) {
-    if (p->n == p->room) {
-        size_t room = p->room ? 2 * p->room : 64;
-        ibid_cite *items = ibid_realloc(p->items, room * sizeof *items);
-        if (!items) return ibid_fail(IBID_NOMEM, "out of memory for citations");
-        p->items = items;
-        p->room = room;
+static ibid_err split(finder *f) {
+    ibid_err e = IBID_OK;
+    for (size_t i = 0; !e && i < f->n_blocks; i++) {
+        const ibid_cite_block *b = &f->blocks[i];
+        uint64_t end = b->end < b->text.n ? b->end : b->text.n;
+        for (uint64_t at = b->start; !e && at < end;) {
+            uint64_t stop = sentence_end(b->text.s, at, end);
+            e = add_sentence(f, i, at, stop);
+            at = stop > at ? stop : at + 1;
+        }
     }
-    p->items[p->n++] = c;
+    return e;
+}
+
+/* ---- Weights of the answer's words ---- */
+
+static int by_value(const void *a, const void *b) {
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+static size_t key_of(const finder *f, uint64_t hash) {
+    const uint64_t *p =
+        f->n_keys ? bsearch(&hash, f->key, f->n_keys, sizeof *f->key, by_value) : NULL;
+    return p ? (size_t)(p - f->key) : SIZE_MAX;
+}
+
+static bool has_word(const word *w, size_t n, uint64_t hash) {
+    for (size_t i = 0; i < n; i++)
+        if (w[i].hash == hash) return true;
+    return false;
+}
+
+static ibid_err weigh(finder *f) {
+    size_t n = f->answer.n;
+    f->key = ibid_calloc(n + 1, sizeof *f->key);
+    f->weight = ibid_calloc(n + 1, sizeof *f->weight);
+    f->covered = ibid_calloc(n + 1, sizeof *f->covered);
+    if (!f->key || !f->weight || !f->covered)
+        return ibid_fail(IBID_NOMEM, "no memory to look for citations");
+    for (size_t i = 0; i < n; i++) f->key[i] = f->answer.w[i].hash;
+    qsort(f->key, n, sizeof *f->key, by_value);
+    for (size_t i = 0; i < n; i++)
+        if (i == 0 || f->key[i] != f->key[f->n_keys - 1]) f->key[f->n_keys++] = f->key[i];
+    for (size_t k = 0; k < f->n_keys; k++) {
+        size_t in = 0;
+        for (size_t i = 0; i < f->n; i++)
+            in += has_word(f->pool.w + f->s[i].word0, f->s[i].n_words, f->key[k]);
+        double w = log(1 + (double)f->n / (double)(in ? in : 1));
+        /* A word no sentence has tells nothing about where the answer is from. */
+        f->weight[k] = in == 0 ? 0.25 * w : w;
+        if (has_word(f->question.w, f->question.n, f->key[k])) f->weight[k] *= 0.5;
+        f->total += f->weight[k];
+    }
     return IBID_OK;
 }
 
-/* All sentences of one block with their weight: overlap as a share of all the answer's weight,
- * times a factor that grows with their share of the attention. */
-static ibid_err weigh(const ibid_cite_block *blocks, size_t index, const word *words,
-                      size_t n_words, double all_words, double all_mass, struct pool *p) {
-    const ibid_cite_block *b = &blocks[index];
-    ibid_err e = IBID_OK;
-    for (size_t at = skip_space(b->text, b->n_text, 0); !e && at < b->n_text;) {
-        size_t end = ibid_sentence_end(b->text, b->n_text, at);
-        if (end <= at) end = at + 1;
-        double shared = overlap(b->text + at, end - at, words, n_words) / all_words;
-        double seen = all_mass > 0 ? mass_between(b, at, end) / all_mass : 0;
-        size_t stop = end;
-        while (stop > at && isspace((unsigned char)b->text[stop - 1])) stop--;
-        if (shared > 0 && stop > at)
-            e = add(p, (ibid_cite){index, at, stop,
-                                   shared * (1 - attention_weight + 2 * attention_weight * seen)});
-        at = skip_space(b->text, b->n_text, end);
-    }
-    return e;
-}
+/* ---- Scores ---- */
 
-/* Words that a chosen quote holds are covered: a further quote must bring others. */
-static double uncovered(const ibid_cite_block *b, const ibid_cite *c, const word *words,
-                        size_t n_words, const bool *covered) {
-    double fresh = 0, all = 0;
-    for (size_t i = 0; i < n_words; i++) {
-        if (!text_has(b->text + c->start, c->end - c->start, &words[i])) continue;
-        all += words[i].weight;
-        if (!covered[i]) fresh += words[i].weight;
-    }
-    return all > 0 ? fresh / all : 0;
-}
-
-ibid_err ibid_cite_choose(const char *answer, size_t n_answer, const char *question,
-                          size_t n_question, const ibid_cite_block *blocks, size_t n_blocks,
-                          const ibid_cite_options *o, ibid_cite *out, size_t *n_out) {
-    size_t max = o && o->max_quotes ? o->max_quotes : QUOTES_DEFAULT;
-    size_t limit = o && o->quote_bytes ? o->quote_bytes : QUOTE_BYTES_DEFAULT;
-    struct pool p = {0};
-    bool covered[WORDS_MAX] = {false};
-    double all_words = 0, all_mass = 0, first = 0;
-    ibid_err e = IBID_OK;
-    *n_out = 0;
-    word *words = ibid_calloc(WORDS_MAX, sizeof *words);
-    if (!words) return ibid_fail(IBID_NOMEM, "out of memory for citations");
-    size_t n_words = answer_words(answer, n_answer, question, n_question, blocks, n_blocks, words);
-    for (size_t i = 0; i < n_words; i++) all_words += words[i].weight;
-    for (size_t b = 0; b < n_blocks; b++) all_mass += mass_between(&blocks[b], 0, blocks[b].n_text);
-    for (size_t b = 0; b < n_blocks && n_words && !e; b++)
-        e = weigh(blocks, b, words, n_words, all_words, all_mass, &p);
-    while (!e && *n_out < max) {
-        size_t best = p.n;
-        double most = 0;
-        for (size_t i = 0; i < p.n; i++) {
-            const ibid_cite_block *b = &blocks[p.items[i].block];
-            double w = p.items[i].weight *
-                       (*n_out ? uncovered(b, &p.items[i], words, n_words, covered) : 1);
-            if (w > most) {
-                most = w;
-                best = i;
-            }
+static double longest_run(const finder *f, const sentence *s) {
+    size_t best = 0;
+    for (size_t i = 0; i < f->answer.n; i++) {
+        for (size_t k = 0; k < s->n_words; k++) {
+            size_t n = 0;
+            while (i + n < f->answer.n && k + n < s->n_words &&
+                   f->answer.w[i + n].hash == f->pool.w[s->word0 + k + n].hash)
+                n++;
+            best = n > best ? n : best;
         }
-        if (best == p.n || (*n_out && most < further_share * first)) break;
-        ibid_cite c = p.items[best];
-        p.items[best].weight = 0;
-        if (*n_out == 0) first = most;
-        const ibid_cite_block *b = &blocks[c.block];
-        cut(b, words, n_words, limit, &c);
-        if (c.end == c.start) continue;
-        for (size_t i = 0; i < n_words; i++)
-            covered[i] |= text_has(b->text + c.start, c.end - c.start, &words[i]);
-        c.weight = most;
-        out[(*n_out)++] = c;
     }
-    ibid_free(words);
-    ibid_free(p.items);
+    return f->answer.n ? (double)best / (double)f->answer.n : 0;
+}
+
+static double mass_of(const ibid_cite_block *b, uint64_t start, uint64_t end) {
+    double sum = 0;
+    for (size_t t = 0; b->mass && b->token_ends && t < b->n_tokens; t++) {
+        uint64_t from = t ? b->token_ends[t - 1] : b->start;
+        if (from < end && b->token_ends[t] > start && isfinite(b->mass[t])) sum += b->mass[t];
+    }
+    return sum;
+}
+
+static double overlap_of(const finder *f, const sentence *s) {
+    double sum = 0;
+    for (size_t k = 0; k < f->n_keys; k++)
+        if (has_word(f->pool.w + s->word0, s->n_words, f->key[k])) sum += f->weight[k];
+    return f->total > 0 ? sum / f->total : 0;
+}
+
+static void score(finder *f) {
+    double most = 0;
+    for (size_t i = 0; i < f->n; i++) {
+        sentence *s = &f->s[i];
+        s->score = mass_of(&f->blocks[s->block], s->start, s->end);
+        most = s->score > most ? s->score : most;
+    }
+    for (size_t i = 0; i < f->n; i++) {
+        sentence *s = &f->s[i];
+        double mass = most > 0 ? s->score / most : 0;
+        s->overlap = overlap_of(f, s);
+        s->score = 0.6 * s->overlap + 0.2 * longest_run(f, s) + 0.2 * mass;
+    }
+}
+
+/* ---- Choosing ---- */
+
+/* What a sentence says of the answer that no chosen one says. */
+static double newly_covered(const finder *f, const sentence *s) {
+    double sum = 0;
+    for (size_t k = 0; k < f->n_keys; k++)
+        if (!f->covered[k] && has_word(f->pool.w + s->word0, s->n_words, f->key[k]))
+            sum += f->weight[k];
+    return f->total > 0 ? sum / f->total : 0;
+}
+
+/* The words [*from, *to) of a sentence, at most room bytes long, that hold most of the answer;
+ * among equals those with the most of it near the middle come by widening to both sides. */
+static void best_window(const finder *f, const sentence *s, size_t room, size_t *from, size_t *to) {
+    const word *w = f->pool.w + s->word0;
+    double best = -1, sum = 0;
+    size_t lo = 0;
+    *from = *to = 0;
+    for (size_t hi = 0; hi < s->n_words; hi++) {
+        size_t k = key_of(f, w[hi].hash);
+        sum += k < SIZE_MAX ? f->weight[k] : 0;
+        while (lo <= hi && w[hi].end - w[lo].start > room) {
+            k = key_of(f, w[lo++].hash);
+            sum -= k < SIZE_MAX ? f->weight[k] : 0;
+        }
+        if (lo <= hi && sum > best + 1e-9) {
+            best = sum;
+            *from = lo;
+            *to = hi + 1;
+        }
+    }
+}
+
+/* The sentence, or as much of it as fits. False if nothing does. */
+static bool quote(const finder *f, const sentence *s, size_t room, ibid_cite *out) {
+    const word *w = f->pool.w + s->word0;
+    size_t from, to;
+    *out = (ibid_cite){.block = s->block, .start = s->start, .end = s->end, .weight = s->score};
+    if (s->end - s->start <= room) return true;
+    best_window(f, s, room, &from, &to);
+    if (from == to) return false;
+    while (to < s->n_words && w[to].end - w[from].start <= room) to++;
+    while (from > 0 && w[to - 1].end - w[from - 1].start <= room) from--;
+    out->start = from == 0 && w[to - 1].end - s->start <= room ? s->start : w[from].start;
+    out->end = to == s->n_words && s->end - out->start <= room ? s->end : w[to - 1].end;
+    return true;
+}
+
+static ibid_err choose(finder *f, size_t max_quotes, size_t quote_bytes, ibid_cite *out,
+                       size_t *n_out) {
+    double best_score = 0;
+    size_t n = 0;
+    while (n < max_quotes) {
+        sentence *best = NULL;
+        for (size_t i = 0; i < f->n; i++) {
+            sentence *s = &f->s[i];
+            double fresh = newly_covered(f, s);
+            bool enough =
+                n == 0 ? s->overlap >= 0.2 : fresh >= 0.15 && s->score >= 0.4 * best_score;
+            if (s->used || !enough) continue;
+            if (!best || s->score > best->score + 1e-9) best = s;
+        }
+        if (!best) break;
+        best->used = true;
+        if (n == 0) best_score = best->score;
+        for (size_t k = 0; k < f->n_keys; k++)
+            if (has_word(f->pool.w + best->word0, best->n_words, f->key[k])) f->covered[k] = true;
+        if (quote(f, best, quote_bytes, &out[n])) n++;
+    }
+    *n_out = n;
+    return IBID_OK;
+}
+
+ibid_err ibid_cite_find(ibid_str answer, ibid_str question, const ibid_cite_block *blocks, size_t n,
+                        size_t max_quotes, size_t quote_bytes, ibid_cite *out, size_t *n_out) {
+    finder f = {.blocks = blocks, .n_blocks = n};
+    *n_out = 0;
+    ibid_err e = add_words(&f.answer, answer, 0, answer.n, WORDS_MAX);
+    if (!e && f.answer.n == 0) goto done;
+    if (!e) e = add_words(&f.question, question, 0, question.n, WORDS_MAX);
+    if (!e) e = split(&f);
+    if (!e) e = weigh(&f);
+    if (!e) {
+        score(&f);
+        e = choose(&f, max_quotes, quote_bytes, out, n_out);
+    }
+done:
+    ibid_free(f.answer.w);
+    ibid_free(f.question.w);
+    ibid_free(f.pool.w);
+    ibid_free(f.s);
+    ibid_free(f.key);
+    ibid_free(f.weight);
+    ibid_free(f.covered);
     return e;
+}
+
+void ibid_cite_token_ends(ibid_str text, uint64_t start, uint64_t end, const ibid_str *pieces,
+                          size_t n, uint64_t *ends) {
+    uint64_t at = start, stop = end < text.n ? end : text.n;
+    for (size_t t = 0; t < n; t++) {
+        for (size_t i = 0; i < pieces[t].n; i++) {
+            uint64_t p = at; /* skip bytes without a token, but never far */
+            while (p < stop && p - at < 64 && text.s[p] != pieces[t].s[i]) p++;
+            if (p < stop && text.s[p] == pieces[t].s[i]) at = p + 1;
+        }
+        ends[t] = at;
+    }
 }

@@ -1,51 +1,38 @@
-/* Citations: which bytes of which documents an answer rests on (docs/design.md section 6).
+/* Where an answer comes from: the sentences of the blocks it was written from, as byte ranges of
+ * their documents. Pure: no model, no store.
  *
- * Two witnesses are combined. Attention: the mass that the retrieval heads' query heads gave to
- * each block token while the answer was decoded. Overlap: the answer's words that stand in the
- * text, weighted by how rare they are among the blocks, so that names and numbers count and "the"
- * does not. Candidates are whole sentences of the chunk; a sentence longer than quote_bytes is cut,
- * at word boundaries, to the window around its best words. A quote is a copy of its byte range by
- * construction, and the caller's check against the stored text comes on top.
- *
- * Pure functions: no model, no store. */
+ * A sentence counts by the answer's words it holds (case-folded; a word that few sentences hold
+ * counts more, one the question has already counts half), by the longest run of words it shares
+ * with the answer, and by the attention the answer's tokens gave it. A sentence that shares no word
+ * with the answer is never cited. Titles have no byte range, so they cannot be. */
 #ifndef IBID_ATTENTION_CITATION_H
 #define IBID_ATTENTION_CITATION_H
 
-#include "rpc/base/err.h"
+#include "kvstore/kvstore.h"
 
-#include <stddef.h>
-#include <stdint.h>
-
-/* One block of the plan, as the answer saw it. */
 typedef struct ibid_cite_block {
-    uint64_t document, chunk;
-    const char *text; /* the chunk's text (without its title line) */
-    size_t n_text;
-    uint64_t doc_start;   /* where the chunk starts in the document's normalised text */
-    size_t n_tokens;      /* tokens of the chunk, title's excluded */
-    const uint64_t *ends; /* [n_tokens] byte offset in text where each token ends */
-    const float *mass;    /* [n_tokens] attention mass, or NULL */
+    ibid_str text;       /* the document's whole normalised text */
+    uint64_t start, end; /* the chunk in it */
+    /* [n_tokens] where each token behind the title ends in the document, and the attention it got;
+     * both NULL: unknown. */
+    const uint64_t *token_ends;
+    const float *mass;
+    size_t n_tokens;
 } ibid_cite_block;
 
-typedef struct ibid_cite_options {
-    size_t max_quotes, quote_bytes; /* 0 = 3 and 300 */
-} ibid_cite_options;
-
 typedef struct ibid_cite {
-    size_t block;      /* index into blocks */
-    size_t start, end; /* bytes of that block's text: on UTF-8 boundaries, no outer white space */
-    double weight;     /* descending; > 0 */
+    size_t block;        /* index of the ibid_cite_block */
+    uint64_t start, end; /* in the document's text; whole UTF-8 characters, no white space around */
+    double weight;       /* 0..1 */
 } ibid_cite;
 
-/* Chooses at most max_quotes quotes into out (room for max_quotes; 3 when 0). None when the answer
- * has no words, or nothing supports it. question: its words count little, since the answer repeats
- * them wherever it is found. Errors: NOMEM. */
-ibid_err ibid_cite_choose(const char *answer, size_t n_answer, const char *question,
-                          size_t n_question, const ibid_cite_block *blocks, size_t n_blocks,
-                          const ibid_cite_options *o, ibid_cite *out, size_t *n_out);
+/* At most max_quotes of at most quote_bytes each into out [max_quotes], heaviest first. Blocks in
+ * descending relevance (it breaks ties). Errors: NOMEM. */
+ibid_err ibid_cite_find(ibid_str answer, ibid_str question, const ibid_cite_block *blocks, size_t n,
+                        size_t max_quotes, size_t quote_bytes, ibid_cite *out, size_t *n_out);
 
-/* End of the sentence that starts at `from`: one past its final punctuation and closing quotes; a
- * blank line always ends one. Abbreviations of one letter ("J. Smith") and numbers ("3.5") do not.
- */
-size_t ibid_sentence_end(const char *text, size_t n, size_t from);
+/* Ends of tokens in a document: pieces [n] are the tokens' bytes in order, which together are the
+ * text from start to end, but for bytes that no token stands for. */
+void ibid_cite_token_ends(ibid_str text, uint64_t start, uint64_t end, const ibid_str *pieces,
+                          size_t n, uint64_t *ends);
 #endif

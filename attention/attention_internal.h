@@ -1,0 +1,77 @@
+/* What the files of the attention room share. */
+#ifndef IBID_ATTENTION_INTERNAL_H
+#define IBID_ATTENTION_INTERNAL_H
+
+#include "attention/attention.h"
+#include "attention/attention_room.h"
+#include "attention/plan/answer.h"
+#include "attention/plan/calibration_run.h"
+#include "attention/plan/prompt.h"
+#include "kvstore/kvstore_client.h"
+
+#include <pthread.h>
+
+/* A loaded model. Lives until the room closes. */
+typedef struct ibidi_loaded {
+    struct ibidi_loaded *next;
+    ibid_model *model;
+    ibid_engine *engine;
+    ibid_sched sched;
+    char *name, *path;
+    int32_t *prefix_tokens;
+    ibid_hash prefix_id;
+    ibid_kv_blob prefix_kv;
+    ibid_reader reader;
+    pthread_mutex_t lock; /* of what follows */
+    bool calibrated;
+    ibid_calibration cal; /* n_heads 0: no retrieval head, or not calibrated */
+    uint64_t encoded_tokens, reused_tokens, answers, completion_tokens;
+} ibidi_loaded;
+
+struct ibidi_answering; /* one answer under way: attention_answer.c */
+
+typedef struct ibidi_room {
+    ibid_host_opts opts;
+    ibid_store *store;
+    ibid_client *kvstore;
+    ibid_streams *streams;
+    ibid_server *server;
+    pthread_mutex_t lock; /* of models, answering, n_answering */
+    pthread_cond_t idle;  /* n_answering fell to 0 */
+    ibidi_loaded *models;
+    struct ibidi_answering *answering;
+    size_t n_answering;
+    pthread_mutex_t load_lock; /* one model is opened at a time */
+    ibid_kv_type kv_type;      /* for models added from now on */
+    atomic_bool closing;       /* gives up what is under way */
+} ibidi_room;
+
+/* ---- attention_models.c ---- */
+/* The model with this fingerprint, loaded if need be. Errors: NOTFOUND (never added, or its file is
+ * gone), MISMATCH (the file is another one now). */
+ibid_err ibidi_model_get(ibidi_room *r, const ibid_hash *fingerprint, ibidi_loaded **out);
+/* By fingerprint in hex, name, or "" for the default. */
+ibid_err ibidi_model_find(ibidi_room *r, ibid_str name, ibidi_loaded **out);
+ibid_err ibidi_model_add(ibidi_room *r, ibid_str path, ibid_str name, ibidi_loaded **out);
+ibid_err ibidi_model_calibrate(ibidi_room *r, ibidi_loaded *m, ibid_str sample, ibid_buf *report);
+void ibidi_models_close(ibidi_room *r);
+/* A copy of the current calibration. */
+void ibidi_model_calibration(ibidi_loaded *m, ibid_calibration *out);
+
+/* ---- attention_encode.c ---- */
+ibid_err ibidi_encode(ibidi_room *r, ibidi_loaded *m, uint64_t job, const ibid_encode_block *blocks,
+                      size_t n, const ibid_call *call, uint64_t *numbers, ibid_encode_result *out);
+/* Gives every block of the model token keys of its current calibration. *n: blocks done. */
+ibid_err ibidi_rekey(ibidi_room *r, ibidi_loaded *m, uint64_t *n);
+
+/* ---- attention_answer.c ---- */
+ibid_err ibidi_answer_begin(ibidi_room *r, const ibid_call *call);
+/* Cancels the answer of a stream at once, also within a step. */
+void ibidi_answer_cancel(ibidi_room *r, uint64_t stream);
+/* Cancels all and waits for their threads. */
+void ibidi_answers_stop(ibidi_room *r);
+
+/* ---- small things ---- */
+bool ibidi_get_hash(const ibid_val *map, const char *key, ibid_hash *out);
+ibid_str ibidi_get_str(const ibid_val *map, const char *key); /* {"", 0} if absent */
+#endif

@@ -1,0 +1,198 @@
+#include "attention/plan/answer.h"
+
+#include "attention/plan/sampler.h"
+#include "rpc/base/clock.h"
+
+#include <string.h>
+
+enum { HELD_MAX = 4096 };
+
+double ibid_recompute_auto(size_t n_blocks) {
+    return n_blocks > 1 ? 0.15 : 0;
+}
+
+/* ---- Characters ---- */
+
+void ibid_utf8_stream_init(ibid_utf8_stream *s) {
+    memset(s, 0, sizeof *s);
+    ibid_buf_init(&s->held, HELD_MAX);
+}
+
+void ibid_utf8_stream_fini(ibid_utf8_stream *s) {
+    ibid_buf_fini(&s->held);
+}
+
+/* Length of the character that starts with c, or 0. */
+static size_t utf8_length(unsigned char c) {
+    return c < 0x80 ? 1 : c < 0xC2 ? 0 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : c < 0xF5 ? 4 : 0;
+}
+
+/* Whether n bytes can start a character: 1 yes and it is whole, 0 yes but more is needed, -1 no. */
+static int utf8_state(const unsigned char *p, size_t n) {
+    size_t want = utf8_length(p[0]);
+    if (want == 0) return -1;
+    for (size_t i = 1; i < n; i++)
+        if ((p[i] & 0xC0) != 0x80) return -1;
+    if (n > 1 && ((p[0] == 0xE0 && p[1] < 0xA0) || (p[0] == 0xED && p[1] > 0x9F) ||
+                  (p[0] == 0xF0 && p[1] < 0x90) || (p[0] == 0xF4 && p[1] > 0x8F)))
+        return -1;
+    return n == want ? 1 : 0;
+}
+
+static ibid_err put_char(ibid_utf8_stream *s, const char *c, size_t n, ibid_buf *out) {
+    bool space = n == 1 && (*c == ' ' || *c == '\n' || *c == '\t' || *c == '\r');
+    ibid_err e = IBID_OK;
+    if (space && !s->started) return IBID_OK;
+    if (space && s->held.len + n < HELD_MAX) return ibid_buf_append(&s->held, c, n);
+    s->started = true;
+    if (s->held.len) e = ibid_buf_append(out, s->held.data, s->held.len);
+    ibid_buf_clear(&s->held);
+    return e ? e : ibid_buf_append(out, c, n);
+}
+
+ibid_err ibid_utf8_stream_put(ibid_utf8_stream *s, const char *bytes, size_t n, bool end,
+                              ibid_buf *out) {
+    static const char broken[] = "\xEF\xBF\xBD";
+    ibid_err e = IBID_OK;
+    for (size_t i = 0; !e && i < n; i++) {
+        s->tail[s->n_tail++] = bytes[i];
+        int state = utf8_state((const unsigned char *)s->tail, s->n_tail);
+        if (state < 0 && s->n_tail > 1) { /* the byte may start the next character */
+            s->n_tail = 0;
+            e = put_char(s, broken, 3, out);
+            i--;
+        } else if (state < 0) {
+            s->n_tail = 0;
+            e = put_char(s, broken, 3, out);
+        } else if (state > 0) {
+            e = put_char(s, s->tail, s->n_tail, out);
+            s->n_tail = 0;
+        }
+    }
+    if (!e && end && s->n_tail) {
+        s->n_tail = 0;
+        e = put_char(s, broken, 3, out);
+    }
+    return e;
+}
+
+/* ---- The answer ---- */
+
+typedef struct run {
+    const ibid_reader *r;
+    const ibid_answer_plan *p;
+    ibid_answered *out;
+    ibid_asked asked;
+    ibid_sampler *sampler;
+    ibid_utf8_stream chars;
+    ibid_buf piece;
+    float *logits;
+    float **mass; /* [1 + n_blocks]: the prefix has none */
+} run;
+
+static ibid_err check_context(const ibid_reader *r, const ibid_answer_plan *p) {
+    size_t need = r->n_prefix + p->n_question + p->max_tokens;
+    for (size_t b = 0; b < p->n_blocks; b++) need += p->blocks[b].layers[0].n_tokens;
+    if (need <= r->model->n_ctx) return IBID_OK;
+    return ibid_fail(IBID_CONTEXT,
+                     "the request needs %zu tokens (%zu of them for the answer), the model's "
+                     "context has %zu; use fewer blocks, or ask for a shorter answer",
+                     need, p->max_tokens, r->model->n_ctx);
+}
+
+static ibid_err run_open(run *a) {
+    const ibid_answer_plan *p = a->p;
+    ibid_err e =
+        ibid_sampler_open(a->r->model->n_vocab, p->temperature, p->top_p, p->seed, &a->sampler);
+    if (e) return e;
+    a->logits = ibid_alloc(a->r->model->n_vocab * sizeof *a->logits);
+    a->mass = ibid_calloc(p->n_blocks + 1, sizeof *a->mass);
+    if (!a->logits || !a->mass) return ibid_fail(IBID_NOMEM, "no memory for an answer");
+    for (size_t b = 0; p->mass && b < p->n_blocks; b++) a->mass[b + 1] = p->mass[b];
+    return IBID_OK;
+}
+
+static ibid_err ask(run *a) {
+    const ibid_answer_plan *p = a->p;
+    ibid_question q = {.prefix = &a->r->prefix,
+                       .blocks = p->blocks,
+                       .n_blocks = p->n_blocks,
+                       .tokens = p->question,
+                       .n = p->n_question,
+                       .share = p->share};
+    ibid_sched_enter(a->r->sched, true);
+    ibid_err e =
+        ibid_question_run(a->r->engine, &q, p->max_tokens, p->cancel, &a->asked, a->logits);
+    ibid_sched_leave(a->r->sched);
+    if (!e) a->out->recomputed_tokens = a->asked.choice.n_rows;
+    return e;
+}
+
+static ibid_err step(run *a, int32_t token) {
+    ibid_probe probe = {.heads = a->p->heads, .mass = a->mass, .n_rows = 1};
+    uint32_t position = a->asked.position++;
+    ibid_step s = {.seq = a->asked.seq,
+                   .tokens = &token,
+                   .positions = &position,
+                   .n = 1,
+                   .n_logits = 1,
+                   .logits = a->logits,
+                   .probe = a->p->mass && a->p->n_blocks ? &probe : NULL};
+    ibid_sched_enter(a->r->sched, true);
+    ibid_err e = ibid_engine_forward(a->r->engine, &s, 1, a->p->cancel);
+    ibid_sched_leave(a->r->sched);
+    return e;
+}
+
+/* Hands on what a token adds to the text. */
+static ibid_err say(run *a, const char *bytes, size_t n, bool end) {
+    ibid_buf_clear(&a->piece);
+    ibid_err e = ibid_utf8_stream_put(&a->chars, bytes, n, end, &a->piece);
+    if (e || a->piece.len == 0) return e;
+    e = ibid_buf_append(&a->out->text, a->piece.data, a->piece.len);
+    if (!e && a->p->text) e = a->p->text(a->p->arg, a->piece.data, a->piece.len);
+    return e;
+}
+
+static ibid_err decode(run *a) {
+    const ibid_tokenizer *t = a->r->model->tokenizer;
+    ibid_err e = IBID_OK;
+    int32_t token;
+    size_t n;
+    a->out->finish = "length";
+    while (a->out->completion_tokens < a->p->max_tokens) {
+        if ((e = ibid_sampler_pick(a->sampler, a->logits, &token))) return e;
+        if (!a->out->first_token_ns) a->out->first_token_ns = ibid_now_ns();
+        if (ibid_tokenizer_is_end(t, token)) {
+            a->out->finish = "stop";
+            break;
+        }
+        a->out->completion_tokens++;
+        const char *bytes = ibid_token_bytes(t, token, &n);
+        if (bytes && !ibid_token_is_control(t, token) && (e = say(a, bytes, n, false))) return e;
+        if (a->out->completion_tokens == a->p->max_tokens) break;
+        if (a->p->tick && (e = a->p->tick(a->p->arg))) return e;
+        if ((e = step(a, token))) return e;
+    }
+    return say(a, "", 0, true);
+}
+
+ibid_err ibid_answer_run(const ibid_reader *r, const ibid_answer_plan *p, ibid_answered *out) {
+    run a = {.r = r, .p = p, .out = out};
+    memset(out, 0, sizeof *out);
+    out->finish = "stop";
+    ibid_buf_init(&out->text, IBID_ANSWER_TEXT_MAX);
+    ibid_buf_init(&a.piece, IBID_ANSWER_TEXT_MAX);
+    ibid_utf8_stream_init(&a.chars);
+    ibid_err e = check_context(r, p);
+    if (!e) e = run_open(&a);
+    if (!e) e = ask(&a);
+    if (!e) e = decode(&a);
+    ibid_asked_close(&a.asked);
+    ibid_sampler_close(a.sampler);
+    ibid_utf8_stream_fini(&a.chars);
+    ibid_buf_fini(&a.piece);
+    ibid_free(a.logits);
+    ibid_free(a.mass);
+    return e;
+}

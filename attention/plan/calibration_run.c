@@ -1,0 +1,440 @@
+#include "attention/plan/calibration_run.h"
+
+#include "attention/kernels/kernels.h"
+#include "rpc/base/clock.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { CHUNKS_MIN = 16, HEADS_TAKEN_MAX = 4 };
+
+/* One more head costs head_dim bytes a token in every index: it must earn this much mean reciprocal
+ * rank. A head below the floor (a random one has about 5 / n_chunks) is no use. */
+static const double worth = 0.03, floor_mrr = 0.25;
+
+struct ibid_cal_bank {
+    const ibid_model *m;
+    const ibid_kernels *kernels;
+    const ibid_cal_set *set;
+    size_t n_heads;             /* n_layers * n_kv_heads */
+    size_t *chunk0, *question0; /* [n + 1] where each text's tokens start */
+    uint16_t *chunk_keys;       /* [n_heads, chunk tokens, head_dim] f16 */
+    uint16_t *question_keys;    /* [n_heads, question tokens, head_dim] */
+    float *idf;                 /* [question tokens] */
+};
+
+/* ---- Keys of all heads ---- */
+
+void ibid_cal_bank_close(ibid_cal_bank *b) {
+    if (!b) return;
+    ibid_free(b->chunk0);
+    ibid_free(b->question0);
+    ibid_free(b->chunk_keys);
+    ibid_free(b->question_keys);
+    ibid_free(b->idf);
+    ibid_free(b);
+}
+
+static ibid_err take_all(const ibid_cal_bank *b, const ibid_seq *s, size_t n, size_t at,
+                         size_t total, float *scratch, uint16_t *keys) {
+    size_t d = b->m->head_dim;
+    ibid_err e = IBID_OK;
+    for (size_t h = 0; !e && h < b->n_heads; h++) {
+        e = ibid_seq_raw_keys(s, h / b->m->n_kv_heads, h % b->m->n_kv_heads, 0, n, scratch);
+        if (!e) b->kernels->kv_pack(IBID_KV_F16, scratch, n * d, keys + (h * total + at) * d, NULL);
+    }
+    return e;
+}
+
+/* Runs texts in micro-batches and keeps their keys. starts [n + 1]. */
+static ibid_err fill(const ibid_cal_bank *b, const ibid_reader *r, const ibid_reading *t, size_t n,
+                     const size_t *starts, const atomic_bool *cancel, uint16_t *keys) {
+    ibid_seq *seqs[IBID_ENCODE_STEP];
+    size_t longest = 1;
+    for (size_t i = 0; i < n; i++) longest = t[i].n > longest ? t[i].n : longest;
+    float *scratch = ibid_alloc(longest * b->m->head_dim * sizeof *scratch);
+    ibid_err e = scratch ? IBID_OK : ibid_fail(IBID_NOMEM, "no memory for keys");
+    for (size_t i = 0; !e && i < n;) {
+        size_t count = 0, rows = 0;
+        while (i + count < n && count < IBID_ENCODE_STEP &&
+               (count == 0 || rows + t[i + count].n <= IBID_ENCODE_STEP))
+            rows += t[i + count++].n;
+        if ((e = ibidi_read_batch(r, t + i, count, 0, cancel, seqs))) break;
+        for (size_t k = 0; k < count; k++) {
+            if (!e) e = take_all(b, seqs[k], t[i + k].n, starts[i + k], starts[n], scratch, keys);
+            ibid_seq_close(seqs[k]);
+        }
+        i += count;
+    }
+    ibid_free(scratch);
+    return e;
+}
+
+static int by_id(const void *a, const void *b) {
+    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* In how many chunks a token occurs. */
+static size_t document_frequency(const ibid_cal_set *s, int32_t id) {
+    size_t n = 0;
+    for (size_t c = 0; c < s->n_chunks; c++) {
+        for (size_t t = 0; t < s->chunks[c].n; t++) {
+            if (s->chunks[c].tokens[t] != id) continue;
+            n++;
+            break;
+        }
+    }
+    return n;
+}
+
+static ibid_err set_idf(ibid_cal_bank *b) {
+    const ibid_cal_set *s = b->set;
+    size_t n = b->question0[s->n_questions];
+    int32_t *ids = ibid_calloc(n + 1, sizeof *ids);
+    float *of = ibid_calloc(n + 1, sizeof *of);
+    b->idf = ibid_calloc(n + 1, sizeof *b->idf);
+    ibid_err e = ids && of && b->idf ? IBID_OK : ibid_fail(IBID_NOMEM, "no memory for IDF");
+    if (e) goto done;
+    for (size_t q = 0; q < s->n_questions; q++)
+        memcpy(ids + b->question0[q], s->questions[q].tokens, s->questions[q].n * sizeof *ids);
+    qsort(ids, n, sizeof *ids, by_id);
+    for (size_t i = 0; i < n; i++) {
+        double df = i && ids[i] == ids[i - 1] ? -1 : (double)document_frequency(s, ids[i]);
+        of[i] = df < 0 ? of[i - 1] : (float)log(((double)s->n_chunks - df + 0.5) / (df + 0.5) + 1);
+    }
+    for (size_t q = 0; q < s->n_questions; q++) {
+        for (size_t t = 0; t < s->questions[q].n; t++) {
+            const int32_t *p = bsearch(&s->questions[q].tokens[t], ids, n, sizeof *ids, by_id);
+            b->idf[b->question0[q] + t] = of[p - ids];
+        }
+    }
+done:
+    ibid_free(ids);
+    ibid_free(of);
+    return e;
+}
+
+ibid_err ibid_cal_bank_open(const ibid_reader *r, const ibid_cal_set *set,
+                            const atomic_bool *cancel, ibid_cal_bank **out) {
+    ibid_reading *texts = NULL;
+    ibid_cal_bank *b = ibid_calloc(1, sizeof *b);
+    size_t bytes_c, bytes_q;
+    if (!b) return ibid_fail(IBID_NOMEM, "no memory for keys");
+    b->m = r->model;
+    b->set = set;
+    b->n_heads = r->model->n_layers * r->model->n_kv_heads;
+    b->chunk0 = ibid_calloc(set->n_chunks + 1, sizeof *b->chunk0);
+    b->question0 = ibid_calloc(set->n_questions + 1, sizeof *b->question0);
+    texts = ibid_calloc(set->n_questions + 1, sizeof *texts);
+    ibid_err e = b->chunk0 && b->question0 && texts ? ibid_kernels_get(NULL, &b->kernels)
+                                                    : ibid_fail(IBID_NOMEM, "no memory for keys");
+    if (e) goto done;
+    for (size_t i = 0; i < set->n_chunks; i++) b->chunk0[i + 1] = b->chunk0[i] + set->chunks[i].n;
+    for (size_t i = 0; i < set->n_questions; i++) {
+        texts[i] = (ibid_reading){.tokens = set->questions[i].tokens, .n = set->questions[i].n};
+        b->question0[i + 1] = b->question0[i] + texts[i].n;
+    }
+    size_t row = b->n_heads * b->m->head_dim * sizeof *b->chunk_keys;
+    if (ibid_mul_size(row, b->chunk0[set->n_chunks] + 1, &bytes_c) &&
+        ibid_mul_size(row, b->question0[set->n_questions] + 1, &bytes_q)) {
+        b->chunk_keys = ibid_alloc(bytes_c);
+        b->question_keys = ibid_alloc(bytes_q);
+    }
+    if (!b->chunk_keys || !b->question_keys) {
+        e = ibid_fail(IBID_NOMEM, "no memory for the keys of a sample; use a shorter one");
+        goto done;
+    }
+    e = fill(b, r, set->chunks, set->n_chunks, b->chunk0, cancel, b->chunk_keys);
+    if (!e) e = fill(b, r, texts, set->n_questions, b->question0, cancel, b->question_keys);
+    if (!e) e = set_idf(b);
+done:
+    ibid_free(texts);
+    if (e)
+        ibid_cal_bank_close(b);
+    else
+        *out = b;
+    return e;
+}
+
+/* ---- Scoring ---- */
+
+/* Keys [n] of the chosen heads side by side, as f32; the caller frees. */
+static float *side_by_side(const ibid_cal_bank *b, const ibid_calibration *c, const uint16_t *keys,
+                           size_t n) {
+    size_t d = b->m->head_dim, dim = c->n_heads * d;
+    float *raw = ibid_alloc((n * dim + 1) * sizeof *raw);
+    for (size_t h = 0; raw && h < c->n_heads; h++) {
+        size_t head = c->heads[h].layer * b->m->n_kv_heads + c->heads[h].kv_head;
+        for (size_t t = 0; t < n; t++)
+            b->kernels->kv_unpack(IBID_KV_F16, keys + (head * n + t) * d, NULL, d,
+                                  raw + t * dim + h * d);
+    }
+    return raw;
+}
+
+static void mean_of(const float *raw, size_t n, size_t dim, float *mean) {
+    for (size_t i = 0; i < dim; i++) {
+        double sum = 0;
+        for (size_t t = 0; t < n; t++) sum += (double)raw[t * dim + i];
+        mean[i] = n ? (float)(sum / (double)n) : 0;
+    }
+}
+
+ibid_err ibid_cal_bank_means(const ibid_cal_bank *b, ibid_calibration *c) {
+    size_t dim = c->n_heads * b->m->head_dim, n = b->chunk0[b->set->n_chunks];
+    size_t nq = b->question0[b->set->n_questions];
+    c->head_dim = (uint32_t)b->m->head_dim;
+    float *raw = side_by_side(b, c, b->chunk_keys, n);
+    float *question = side_by_side(b, c, b->question_keys, nq);
+    ibid_err e = raw && question ? IBID_OK : ibid_fail(IBID_NOMEM, "no memory for keys");
+    if (!e) {
+        mean_of(raw, n, dim, c->mean);
+        mean_of(question, nq, dim, c->question_mean);
+    }
+    ibid_free(raw);
+    ibid_free(question);
+    return e;
+}
+
+typedef struct scorer {
+    const ibid_cal_bank *b;
+    size_t dim;
+    int8_t *chunks, *questions; /* token keys */
+    int8_t *cut;                /* a chunk with a sentence left out */
+    int32_t *best;
+    float *right; /* [n_questions] */
+} scorer;
+
+static double score_chunk(scorer *s, size_t question, size_t chunk) {
+    const ibid_cal_bank *b = s->b;
+    const ibid_cal_question *q = &b->set->questions[question];
+    const int8_t *keys = s->chunks + b->chunk0[chunk] * s->dim;
+    size_t n = b->set->chunks[chunk].n;
+    double sum = 0, weight = 0;
+    if (chunk == q->chunk && q->mask1 > q->mask0) {
+        memcpy(s->cut, keys, q->mask0 * s->dim);
+        memcpy(s->cut + q->mask0 * s->dim, keys + q->mask1 * s->dim, (n - q->mask1) * s->dim);
+        keys = s->cut;
+        n -= q->mask1 - q->mask0;
+    }
+    if (n == 0) return 0;
+    b->kernels->maxsim_i8(s->questions + b->question0[question] * s->dim, q->n, keys, n, s->dim,
+                          s->best, NULL);
+    for (size_t t = 0; t < q->n; t++) {
+        double w = (double)b->idf[b->question0[question] + t];
+        sum += w * (double)s->best[t] / (127.0 * 127.0);
+        weight += w;
+    }
+    return weight > 0 ? sum / weight : 0;
+}
+
+static int by_float(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return x < y ? -1 : x > y;
+}
+
+static void judge(scorer *s, ibid_cal_score *out) {
+    const ibid_cal_set *set = s->b->set;
+    double n = (double)set->n_questions, null2 = 0;
+    for (size_t q = 0; q < set->n_questions; q++) {
+        double right = score_chunk(s, q, set->questions[q].chunk), wrong = -1;
+        size_t above = 0;
+        for (size_t c = 0; c < set->n_chunks; c++) {
+            if (c == set->questions[q].chunk) continue;
+            double x = score_chunk(s, q, c);
+            above += x >= right;
+            wrong = x > wrong ? x : wrong;
+        }
+        s->right[q] = (float)right;
+        out->recall1 += above == 0;
+        out->mrr += 1 / (double)(above + 1);
+        out->margin += right - wrong;
+        out->null_mean += wrong;
+        null2 += wrong * wrong;
+    }
+    out->recall1 /= n;
+    out->mrr /= n;
+    out->margin /= n;
+    out->null_mean /= n;
+    double variance = null2 / n - out->null_mean * out->null_mean;
+    out->null_sd = variance > 0 ? sqrt(variance) : 0;
+    qsort(s->right, set->n_questions, sizeof *s->right, by_float);
+    out->right_low = (double)s->right[set->n_questions / 50];
+    out->right_middle = (double)s->right[set->n_questions / 10];
+}
+
+ibid_err ibid_cal_bank_score(const ibid_cal_bank *b, const ibid_calibration *c,
+                             ibid_cal_score *out) {
+    size_t n = b->chunk0[b->set->n_chunks], nq = b->question0[b->set->n_questions], longest = 1;
+    scorer s = {.b = b, .dim = (size_t)c->n_heads * c->head_dim};
+    memset(out, 0, sizeof *out);
+    for (size_t i = 0; i < b->set->n_chunks; i++)
+        longest = b->set->chunks[i].n > longest ? b->set->chunks[i].n : longest;
+    float *raw = side_by_side(b, c, b->chunk_keys, n);
+    float *question = side_by_side(b, c, b->question_keys, nq);
+    s.chunks = ibid_alloc(n * s.dim + 1);
+    s.questions = ibid_alloc(nq * s.dim + 1);
+    s.cut = ibid_alloc(longest * s.dim);
+    s.best = ibid_calloc(nq + 1, sizeof *s.best);
+    s.right = ibid_calloc(b->set->n_questions + 1, sizeof *s.right);
+    ibid_err e = raw && question && s.chunks && s.questions && s.cut && s.best && s.right
+                     ? IBID_OK
+                     : ibid_fail(IBID_NOMEM, "no memory for token keys");
+    if (!e) {
+        ibid_token_keys(c, raw, n, s.chunks);
+        ibid_question_token_keys(c, question, nq, s.questions);
+        judge(&s, out);
+    }
+    ibid_free(raw);
+    ibid_free(question);
+    ibid_free(s.chunks);
+    ibid_free(s.questions);
+    ibid_free(s.cut);
+    ibid_free(s.best);
+    ibid_free(s.right);
+    return e;
+}
+
+/* ---- Choosing ---- */
+
+static ibid_err try_heads(const ibid_cal_bank *b, ibid_calibration *c, ibid_cal_score *out) {
+    ibid_err e = ibid_cal_bank_means(b, c);
+    return e ? e : ibid_cal_bank_score(b, c, out);
+}
+
+static bool taken(const ibid_calibration *c, size_t n, ibid_head h) {
+    for (size_t i = 0; i < n; i++)
+        if (c->heads[i].layer == h.layer && c->heads[i].kv_head == h.kv_head) return true;
+    return false;
+}
+
+typedef struct ranked {
+    ibid_head head;
+    ibid_cal_score score;
+} ranked;
+
+static int by_mrr(const void *a, const void *b) {
+    const ranked *x = a, *y = b;
+    if (x->score.mrr != y->score.mrr) return x->score.mrr > y->score.mrr ? -1 : 1;
+    if (x->head.layer != y->head.layer) return x->head.layer < y->head.layer ? -1 : 1;
+    return x->head.kv_head < y->head.kv_head ? -1 : x->head.kv_head > y->head.kv_head;
+}
+
+/* c->heads grow by the best partner among the leading heads while that pays. */
+static ibid_err add_partners(const ibid_cal_bank *b, const ranked *all, ibid_calibration *c,
+                             ibid_cal_score *score) {
+    enum { PARTNERS = 12 };
+    size_t n_partners = b->n_heads < PARTNERS ? b->n_heads : PARTNERS;
+    ibid_calibration *t = ibid_calloc(1, sizeof *t);
+    ibid_err e = t ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory");
+    while (!e && c->n_heads < HEADS_TAKEN_MAX) {
+        ibid_cal_score best = *score, s;
+        size_t who = SIZE_MAX;
+        for (size_t i = 0; !e && i < n_partners; i++) {
+            if (taken(c, c->n_heads, all[i].head)) continue;
+            *t = *c;
+            t->heads[t->n_heads++] = all[i].head;
+            e = try_heads(b, t, &s);
+            if (!e && s.mrr > best.mrr) {
+                best = s;
+                who = i;
+            }
+        }
+        if (e || who == SIZE_MAX || best.mrr < score->mrr + worth) break;
+        c->heads[c->n_heads++] = all[who].head;
+        *score = best;
+    }
+    ibid_free(t);
+    return e;
+}
+
+static void tell(ibid_buf *report, const ibid_cal_bank *b, const ranked *all,
+                 const ibid_calibration *c, double ms) {
+    if (!report) return;
+    (void)ibid_buf_printf(
+        report, "sample: %zu chunks of %zu tokens, %zu pseudo-questions, %.1f s\n",
+        b->set->n_chunks, b->chunk0[b->set->n_chunks], b->set->n_questions, ms / 1000);
+    (void)ibid_buf_puts(report, "  layer  head  recall@1    MRR  margin\n");
+    for (size_t i = 0; i < b->n_heads && i < 10; i++)
+        (void)ibid_buf_printf(report, "  %5u %5u     %.3f  %.3f   %+.3f%s\n", all[i].head.layer,
+                              all[i].head.kv_head, all[i].score.recall1, all[i].score.mrr,
+                              all[i].score.margin,
+                              taken(c, c->n_heads, all[i].head) ? "  taken" : "");
+    if (c->n_heads)
+        (void)ibid_buf_printf(report,
+                              "taken: %u head%s, recall@1 %.3f; a best hit below %.3f is not "
+                              "relevant (unrelated text scores %.3f +- %.3f)\n",
+                              c->n_heads, c->n_heads > 1 ? "s" : "", (double)c->recall1,
+                              (double)c->relevant, (double)c->null_mean, (double)c->null_sd);
+    else
+        (void)ibid_buf_puts(report,
+                            "no head finds text by its keys: search will be by words only\n");
+}
+
+static void set_thresholds(ibid_calibration *c, const ibid_cal_score *s) {
+    c->null_mean = (float)s->null_mean;
+    c->null_sd = (float)s->null_sd;
+    c->recall1 = (float)s->recall1;
+    c->margin = (float)s->margin;
+    /* What nearly every right chunk reaches; refusing a good answer is the worse mistake. */
+    c->relevant = (float)s->right_low;
+    double strict = s->null_mean + 2 * s->null_sd;
+    c->find = (float)(strict > s->right_middle ? strict : s->right_middle);
+}
+
+static ibid_err choose(const ibid_cal_bank *b, ibid_calibration *c, ibid_buf *report,
+                       uint64_t start_ns) {
+    ranked *all = ibid_calloc(b->n_heads, sizeof *all);
+    ibid_cal_score score;
+    ibid_err e = all ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory");
+    for (size_t h = 0; !e && h < b->n_heads; h++) {
+        all[h].head =
+            (ibid_head){(uint32_t)(h / b->m->n_kv_heads), (uint32_t)(h % b->m->n_kv_heads)};
+        c->n_heads = 1;
+        c->heads[0] = all[h].head;
+        e = try_heads(b, c, &all[h].score);
+    }
+    if (e) goto done;
+    qsort(all, b->n_heads, sizeof *all, by_mrr);
+    c->heads[0] = all[0].head;
+    score = all[0].score;
+    if (score.mrr < floor_mrr) {
+        memset(c, 0, sizeof *c);
+        c->head_dim = (uint32_t)b->m->head_dim;
+    } else {
+        e = add_partners(b, all, c, &score);
+        if (!e) e = ibid_cal_bank_means(b, c);
+        set_thresholds(c, &score);
+    }
+    if (!e) tell(report, b, all, c, ibid_ms_since(start_ns));
+done:
+    ibid_free(all);
+    return e;
+}
+
+ibid_err ibid_calibrate(const ibid_reader *r, ibid_str sample, const atomic_bool *cancel,
+                        ibid_calibration *out, ibid_buf *report) {
+    uint64_t start = ibid_now_ns();
+    ibid_cal_sample s = {0};
+    ibid_cal_bank *b = NULL;
+    memset(out, 0, sizeof *out);
+    if (r->model->head_dim > IBID_HEAD_DIM_MAX || r->model->head_dim % 32) {
+        if (report)
+            (void)ibid_buf_puts(report,
+                                "this head size gives no token keys: search by words only\n");
+        return IBID_OK;
+    }
+    if (!sample.s || !sample.n)
+        sample = (ibid_str){(const char *)ibidi_sample_text, ibidi_sample_text_size};
+    ibid_err e = ibid_cal_sample_open(r->model, sample, &s);
+    if (!e && s.set.n_chunks < CHUNKS_MIN)
+        e = ibid_fail(IBID_INVAL, "the sample gives %zu chunks; %d are needed: use a longer text",
+                      s.set.n_chunks, CHUNKS_MIN);
+    if (!e) e = ibid_cal_bank_open(r, &s.set, cancel, &b);
+    if (!e) e = choose(b, out, report, start);
+    ibid_cal_bank_close(b);
+    ibid_cal_sample_close(&s);
+    return e;
+}

@@ -1,0 +1,66 @@
+/* Finds a model's retrieval heads: the (layer, kv head) whose keys of a question's tokens lie
+ * nearest to keys of the text that answers it.
+ *
+ * Self-supervised, after the inverse cloze task (arXiv:1906.00300) as docs/design.md section 5 uses
+ * it: a sample text is cut into chunks; a random sentence of a chunk, some of its words dropped and
+ * a question word put before it, is a pseudo-question. In half of them that sentence is left out of
+ * its chunk, so that only what stands around it can be matched; in the other half it stays and more
+ * words go. Every (layer, kv head) is scored from one pass over the sample by IDF-weighted MaxSim
+ * of centred, normalised keys: score(chunk) = sum over question tokens t of idf(t) * max over the
+ * chunk's tokens j of <k_t, k_j>, divided by sum of idf(t). The best head by mean reciprocal rank
+ * is taken; another only if both together are clearly better. Deterministic. */
+#ifndef IBID_ATTENTION_CALIBRATION_RUN_H
+#define IBID_ATTENTION_CALIBRATION_RUN_H
+
+#include "attention/plan/encode.h"
+#include "kvstore/kvstore.h"
+
+/* sample: s NULL = the text built into the program. report (may be NULL): a table for a person. A
+ * model without a useful head gives n_heads 0, which is no error. Errors: INVAL (a sample too short
+ * to judge: under 16 chunks), NOMEM, CANCELLED. */
+ibid_err ibid_calibrate(const ibid_reader *r, ibid_str sample, const atomic_bool *cancel,
+                        ibid_calibration *out, ibid_buf *report);
+
+/* ---- Its parts, for measuring on other questions ---- */
+
+typedef struct ibid_cal_question {
+    const int32_t *tokens;
+    size_t n;
+    size_t chunk;        /* the right one */
+    size_t mask0, mask1; /* its tokens [mask0, mask1) are left out */
+} ibid_cal_question;
+
+typedef struct ibid_cal_set {   /* borrowed */
+    const ibid_reading *chunks; /* tokens and n only */
+    size_t n_chunks;
+    const ibid_cal_question *questions;
+    size_t n_questions;
+} ibid_cal_set;
+
+typedef struct ibid_cal_score {
+    double recall1, mrr, margin; /* margin: right chunk's score less the best wrong one's, mean */
+    double null_mean, null_sd;   /* of the best wrong chunk's score */
+    double right_low, right_middle; /* 2 % and 10 % quantile of the right chunk's score */
+} ibid_cal_score;
+
+/* Raw keys of a set at all heads. */
+typedef struct ibid_cal_bank ibid_cal_bank;
+ibid_err ibid_cal_bank_open(const ibid_reader *r, const ibid_cal_set *set,
+                            const atomic_bool *cancel, ibid_cal_bank **out);
+void ibid_cal_bank_close(ibid_cal_bank *b);
+/* Sets c's means from the set for the heads in it, and scores them. */
+ibid_err ibid_cal_bank_means(const ibid_cal_bank *b, ibid_calibration *c);
+ibid_err ibid_cal_bank_score(const ibid_cal_bank *b, const ibid_calibration *c,
+                             ibid_cal_score *out);
+
+/* A sample as chunks and pseudo-questions, in memory of its own. */
+typedef struct ibid_cal_sample {
+    ibid_cal_set set;
+    void *memory[5];
+} ibid_cal_sample;
+ibid_err ibid_cal_sample_open(const ibid_model *m, ibid_str text, ibid_cal_sample *out);
+void ibid_cal_sample_close(ibid_cal_sample *s);
+
+extern const unsigned char ibidi_sample_text[]; /* generated from plan/sample.txt */
+extern const size_t ibidi_sample_text_size;
+#endif

@@ -1,0 +1,3 @@
+# Tests of the room, its plans, and a bench of heads and answers on the engine alone.
+add_executable(bench_attention ${CMAKE_CURRENT_LIST_DIR}/../bench/attention.c)
+target_link_libraries(bench_attention PRIVATE ibid_attention PkgConfig::JANSSON ibid_flags m)
