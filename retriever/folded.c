@@ -127,7 +127,9 @@ static ibid_err note(found *f, const items *a, size_t i, size_t len, ibid_str te
         f->v = more;
         f->room = room;
     }
-    uint64_t start = a->v[i].start, end = a->v[i + len - 1].end;
+    uint64_t start = a->v[i].start, end = 0;
+    for (size_t j = i; j < i + len; j++) /* sorted marks may stand in another order in the text */
+        if (a->v[j].end > end) end = a->v[j].end;
     bool same = end - start == query.n && memcmp(text.s + start, query.s, query.n) == 0;
     f->v[f->n++] = (ibidi_occurrence){start, end, same};
     return IBID_OK;

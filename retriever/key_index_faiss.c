@@ -159,7 +159,8 @@ static void choose_kind(ibidi_keyindex *x, uint64_t rows, size_t *sample) {
         /* About two lists per square root of rows, a power of two. */
         double want = 2 * sqrt((double)rows);
         unsigned lists = 16;
-        while (lists * 1.5 < want && lists < 1u << 16) lists *= 2;
+        while (lists * 1.5 < want && lists < 1u << 16 && lists * 2 * SAMPLE_PER_LIST <= rows)
+            lists *= 2;
         snprintf(x->kind, sizeof x->kind, "IVF%u,SQ8", lists);
         *sample = (size_t)lists * SAMPLE_PER_LIST;
         if (*sample < SAMPLE_SQ8) *sample = SAMPLE_SQ8;
@@ -340,7 +341,7 @@ ibid_err ibidi_keyindex_candidates(const ibidi_keyindex *x, const ibidi_asking *
                                    const ibidi_view *view, size_t k, uint64_t *blocks, size_t max,
                                    size_t *n, bool *all) {
     *n = 0;
-    *all = k >= x->rows;
+    *all = k >= x->rows && !faiss_IndexIVF_cast(x->index); /* IVF looks into some lists only */
     if (k > x->rows) k = (size_t)x->rows;
     if (k == 0) return IBID_OK;
     size_t total;
