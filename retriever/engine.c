@@ -58,7 +58,7 @@ ibid_err ibidi_engine_snap(ibidi_retriever *r, ibid_snap **out) {
     ibid_err e = IBID_OK;
     pthread_mutex_lock(&r->mu);
     if (!r->store) {
-        snprintf(dir, sizeof dir, "%s/store", r->data_dir);
+        snprintf(dir, sizeof dir, "%s/" IBID_STORE_FOLDER, r->data_dir);
         ibid_store_opts o = {.dir = dir, .readonly = true, .map_size = r->o.map_size};
         e = ibid_store_open(&o, &r->store);
         if (e == IBID_NOTFOUND)
