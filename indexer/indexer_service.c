@@ -274,6 +274,7 @@ static ibid_err resume_job(ibidi_ix_room *r, uint64_t id, bool *resumed) {
         return e;
     }
     (void)pthread_mutex_lock(&r->mutex);
+    ibidi_ix_room_forget(r, id);
     bool twice = find_live(r, id) != NULL; /* another client was quicker */
     if (!twice) ibidi_ix_room_enqueue(r, j);
     (void)pthread_mutex_unlock(&r->mutex);
@@ -332,6 +333,9 @@ static ibid_err steer(ibidi_ix_room *r, uint64_t id, ibidi_ix_want want, const c
     if (!e && !over) {
         j->state = state;
         e = ibidi_ix_job_save(r, j);
+        (void)pthread_mutex_lock(&r->mutex);
+        ibidi_ix_room_forget(r, id);
+        (void)pthread_mutex_unlock(&r->mutex);
     }
     ibidi_ix_job_free(j);
     return e;
@@ -347,8 +351,10 @@ static ibid_err on_cancel(void *room, const ibid_call *c) {
 
 static void put_status(ibid_enc *e, const ibidi_ix_job *j, uint64_t from) {
     uint64_t next = from;
+    /* A job is over once its row says so; until then it runs. */
+    bool ending = j->live && strcmp(j->state, "queued") != 0;
     ibid_enc_u64(e, "id", j->id);
-    ibid_enc_cstr(e, "state", j->state);
+    ibid_enc_cstr(e, "state", ending ? "running" : j->state);
     ibid_enc_cstr(e, "stage", j->stage);
     ibid_enc_cstr(e, "collection", j->collection);
     ibid_enc_cstr(e, "code", ibid_err_code(j->error));
@@ -381,6 +387,8 @@ static ibid_err on_status(void *room, const ibid_call *c) {
         } else {
             j = find_live(r, id);
         }
+    for (ibidi_ix_job *k = j ? NULL : r->recent; k && !j; k = k->next)
+        if (k->id == id) j = k;
     if (j) put_status(c->reply, j, from);
     (void)pthread_mutex_unlock(&r->mutex);
     if (j) return IBID_OK;
@@ -498,6 +506,7 @@ static void close_room(void *room) {
         r->jobs = j->next;
         ibidi_ix_job_free(j);
     }
+    while (r->recent) ibidi_ix_room_forget(r, r->recent->id);
     if (r->kv) ibid_client_close(r->kv);
     if (r->attn) ibid_client_close(r->attn);
     if (r->ret) ibid_client_close(r->ret);

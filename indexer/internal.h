@@ -95,9 +95,10 @@ typedef struct ibidi_ix_room {
     pthread_mutex_t
         mutex; /* guards what follows, and every live job's fields but the worker's own */
     pthread_cond_t work, news;
-    ibidi_ix_job *jobs; /* live ones: the first is the one that runs or runs next */
-    uint64_t running;   /* id; 0 = none */
-    ibidi_ix_want want; /* what the running job is to do */
+    ibidi_ix_job *recent; /* the last few that ended, newest first, with all their results */
+    ibidi_ix_job *jobs;   /* live ones: the first is the one that runs or runs next */
+    uint64_t running;     /* id; 0 = none */
+    ibidi_ix_want want;   /* what the running job is to do */
     bool closing;
     double tokens_per_s;    /* of the last encoding measured; 0 = none yet */
     atomic_bool stop_child; /* mirrors want: an extractor is given up */
@@ -106,6 +107,8 @@ typedef struct ibidi_ix_room {
 ibid_err ibidi_ix_room_store(ibidi_ix_room *r, ibid_store **out);
 /* Hands a job to the worker; the room owns it from then on. Called with the mutex held. */
 void ibidi_ix_room_enqueue(ibidi_ix_room *r, ibidi_ix_job *j);
+/* Forgets a recent job whose row is to change. Called with the mutex held. */
+void ibidi_ix_room_forget(ibidi_ix_room *r, uint64_t id);
 ibid_err ibidi_ix_job_save(ibidi_ix_room *r,
                            ibidi_ix_job *j); /* writes its row; a new job gets its id */
 void *ibidi_ix_worker(void *room);

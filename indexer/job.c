@@ -470,7 +470,8 @@ static const char *end_state(ibid_err e, ibidi_ix_want want) {
     }
 }
 
-static void run_job(ibidi_ix_room *r, ibidi_ix_job *j) {
+/* Returns the store's generation after its last commit, 0 if there was none. */
+static uint64_t run_job(ibidi_ix_room *r, ibidi_ix_job *j) {
     ibidi_ix_work w = {.room = r, .job = j};
     ibid_err e = run(&w);
     char detail[sizeof j->error_text];
@@ -497,14 +498,34 @@ static void run_job(ibidi_ix_room *r, ibidi_ix_job *j) {
     ibid_err saved;
     do saved = ibidi_ix_job_save(r, j);
     while (!stopped && ibidi_ix_again(&w, &saved, &start));
-    /* A hint only: the retriever looks at the store's generation before each search. */
-    if (w.generation && !stopped) (void)ibid_ret_notify(r->ret, w.generation);
+    return stopped ? 0 : w.generation;
 }
 
+void ibidi_ix_room_forget(ibidi_ix_room *r, uint64_t id) {
+    for (ibidi_ix_job **at = &r->recent; *at;) {
+        ibidi_ix_job *j = *at;
+        if (j->id == id) {
+            *at = j->next;
+            ibidi_ix_job_free(j);
+        } else {
+            at = &j->next;
+        }
+    }
+}
+
+/* Moves the job from the live ones to the recent ones, of which a few are kept. */
 static void end_job(ibidi_ix_room *r, ibidi_ix_job *j) {
+    enum { RECENT = 8 };
     ibidi_ix_job **at = &r->jobs;
     while (*at && *at != j) at = &(*at)->next;
     if (*at) *at = j->next;
+    ibidi_ix_room_forget(r, j->id);
+    j->live = false;
+    j->next = r->recent;
+    r->recent = j;
+    size_t n = 0;
+    for (at = &r->recent; *at && n < RECENT; n++) at = &(*at)->next;
+    if (*at) ibidi_ix_room_forget(r, (*at)->id);
     r->running = 0;
     r->want = r->closing ? IBIDI_WANT_STOP : IBIDI_WANT_RUN;
     atomic_store(&r->stop_child, r->closing);
@@ -524,10 +545,14 @@ void *ibidi_ix_worker(void *arg) {
         r->want = IBIDI_WANT_RUN;
         atomic_store(&r->stop_child, false);
         (void)pthread_mutex_unlock(&r->mutex);
-        run_job(r, j);
+        uint64_t generation = run_job(r, j);
         (void)pthread_mutex_lock(&r->mutex);
         end_job(r, j);
-        ibidi_ix_job_free(j);
+        if (!generation) continue;
+        (void)pthread_mutex_unlock(&r->mutex);
+        /* A hint only: the retriever looks at the store's generation before each search. */
+        (void)ibid_ret_notify(r->ret, generation);
+        (void)pthread_mutex_lock(&r->mutex);
     }
     (void)pthread_mutex_unlock(&r->mutex);
     return NULL;

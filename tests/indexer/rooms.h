@@ -92,9 +92,16 @@ static inline void rooms_open(struct rooms *r, const char *bin) {
     assert_int_equal(mkdir(r->files, 0700), 0);
     ibid_test_gguf spec = ibid_test_gguf_small();
     spec.type = IBID_Q8_0;
+    spec.n_ctx = 2048;
+    spec.head_dim = 32; /* q8_0 KV comes in groups of 32 */
     assert_ok(ibid_test_write_gguf(r->model, &spec));
     if (bin) {
-        for (size_t i = 0; i < 3; i++) room_spawn(r, i);
+        for (size_t i = 0; i < 3; i++) { /* in the order of their dependence */
+            ibid_client *c = room_connect(r, room_names[i]);
+            room_spawn(r, i);
+            room_wait(c);
+            ibid_client_close(c);
+        }
     } else {
         ibid_host_opts o = {.log_level = IBID_LOG_ERROR, .threads = 2};
         (void)snprintf(o.data_dir, sizeof o.data_dir, "%s", r->data);

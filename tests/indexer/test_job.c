@@ -245,6 +245,8 @@ static void another_model_is_refused(void **state) {
     uint64_t job = 0;
     ibid_test_gguf spec = ibid_test_gguf_small();
     spec.seed = 777;
+    spec.head_dim = 32;
+    spec.n_ctx = 2048;
     (void)snprintf(path, sizeof path, "%s/other.gguf", rooms.dir);
     assert_ok(ibid_test_write_gguf(path, &spec));
     assert_ok(ibid_attn_model_add(rooms.attn, path, "other", &info));
