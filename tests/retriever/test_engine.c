@@ -1,0 +1,568 @@
+/* The engine over a real store: what is acknowledged is found, filters never starve, both ways of
+ * scoring agree, damaged and stale files are built again. */
+#include "support.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static ibidi_retriever *open_r(const ibidi_retriever_opts *o) {
+    ibidi_retriever *r;
+    assert_ok(ibidi_retriever_open(o, &r));
+    return r;
+}
+
+static void expect(ibidi_retriever *r, const char *collection, const char *question,
+                   const char *want) {
+    char got[1024];
+    t_search(r, collection, question, 1, got);
+    if (strcmp(got, want) != 0) print_error("question: %s\n", question);
+    assert_string_equal(got, want);
+}
+
+static void basic(t_store *t) {
+    t_put(t, "c", "sea", "Harbour", "The boat left the harbour at dawn.\n\nGulls cried over it.",
+          NULL);
+    t_put(t, "c", "road", "Streets", "An automobile stood in the street.",
+          "{\"lang\":\"en\",\"year\":1999}");
+    t_put(t, "c", "court", "Palace", "The king received the doctor in the hall.",
+          "{\"lang\":\"de\",\"tags\":[\"old\",\"law\"],\"in\":{\"city\":\"Rome\"},\"ok\":true}");
+}
+
+static void test_search(void **state) {
+    (void)state;
+    t_store t;
+    ibidi_found f;
+    t_open(&t);
+    basic(&t);
+    ibidi_retriever_opts o = t_opts(&t);
+    ibidi_retriever *r = open_r(&o);
+    expect(r, "c", "Where is the boat?", "sea");
+    expect(r, "c", "vessel", "sea"); /* no word in common: keys alone */
+    expect(r, "c", "car", "road");
+    expect(r, "c", "physician", "court");
+    expect(r, "c", "streets", "road");
+
+    ibid_search_request q = {.collection = t_str("c"), .question = t_str("vessel"), .top = 3};
+    assert_ok(ibidi_retriever_search(r, &q, &f));
+    assert_int_equal(f.n, 3); /* one hit a document */
+    assert_true(f.relevant && !f.degraded);
+    assert_true(f.hits[0].keys > 0.8 && f.hits[0].keys <= 1.01 && f.hits[0].lexical == 0);
+    assert_true(f.hits[0].keys > f.hits[1].keys && f.hits[0].score >= f.hits[1].score);
+    assert_true(t_eq(f.hits[0].text, "The boat left the harbour at dawn."));
+    assert_true(t_eq(f.hits[0].title, "Harbour") && t_eq(f.hits[0].locator, "page 1"));
+    assert_int_equal(f.hits[0].start, 0);
+    assert_int_equal(f.hits[0].end, f.hits[0].text.n);
+    assert_true(f.hits[0].document > 0 && f.hits[0].block > 0 && f.hits[0].chunk == 0);
+    ibidi_found_close(&f);
+    q.chunks = true;
+    q.top = 10;
+    assert_ok(ibidi_retriever_search(r, &q, &f));
+    assert_int_equal(f.n, 4);
+    ibidi_found_close(&f);
+    q.question = t_str("zebra");
+    assert_ok(ibidi_retriever_search(r, &q, &f));
+    assert_false(f.relevant);
+    ibidi_found_close(&f);
+    q.question = t_str("boat");
+    q.lexical_only = true;
+    assert_ok(ibidi_retriever_search(r, &q, &f));
+    assert_int_equal(f.n, 1);
+    assert_true(f.hits[0].keys == 0 && f.hits[0].lexical > 0 && f.relevant && !f.degraded);
+    ibidi_found_close(&f);
+    q.lexical_only = false;
+    q.keys_only = true;
+    assert_ok(ibidi_retriever_search(r, &q, &f));
+    assert_int_equal(f.n, 4);
+    assert_true(f.hits[0].lexical == 0 && f.hits[0].keys > 0.8);
+    ibidi_found_close(&f);
+
+    q = (ibid_search_request){.collection = t_str("nope"), .question = t_str("x")};
+    assert_err(ibidi_retriever_search(r, &q, &f), IBID_NOCOLLECTION);
+    q.collection = t_str("c");
+    q.question = t_str(" \n\t");
+    assert_err(ibidi_retriever_search(r, &q, &f), IBID_INVAL);
+    q.question = t_str("?");
+    assert_ok(ibidi_retriever_search(r, &q, &f));
+    ibidi_found_close(&f);
+    ibidi_retriever_close(r);
+    t_close(&t);
+}
+
+static void test_updates(void **state) {
+    (void)state;
+    t_store t;
+    uint64_t faults;
+    ibid_buf b;
+    t_open(&t);
+    t_collection(&t, "other");
+    ibid_buf_init(&b, 1 << 20);
+    ibidi_retriever_opts o = t_opts(&t);
+    ibidi_retriever *r = open_r(&o);
+    expect(r, "c", "boat", ""); /* an empty collection */
+    basic(&t);
+    expect(r, "c", "gulls", "sea");
+    t_put(&t, "c", "sea", "Harbour", "The boat left the harbour at dawn.\n\nWhales sang.", NULL);
+    expect(r, "c", "whales", "sea");
+    char got[1024];
+    ibidi_found f;
+    ibid_search_request q = {
+        .collection = t_str("c"), .question = t_str("gulls cried"), .lexical_only = true};
+    assert_ok(ibidi_retriever_search(r, &q, &f));
+    assert_int_equal(f.n, 0); /* the old chunk is gone */
+    ibidi_found_close(&f);
+    /* a chunk shared by two collections and two documents goes with its last user only */
+    t_put(&t, "other", "copy", "Harbour", "The boat left the harbour at dawn.", NULL);
+    t_put(&t, "c", "twin", "Harbour", "The boat left the harbour at dawn.", NULL);
+    t_search(r, "c", "boat harbour dawn", 2, got);
+    assert_true(strcmp(got, "sea twin") == 0 || strcmp(got, "twin sea") == 0);
+    t_delete(&t, "c", "sea");
+    t_search(r, "c", "boat harbour dawn", 1, got);
+    assert_string_equal(got, "twin");
+    t_delete(&t, "c", "twin");
+    t_search(r, "c", "vessel", 5, got);
+    assert_null(strstr(got, "twin"));
+    assert_null(strstr(got, "sea"));
+    expect(r, "other", "vessel", "copy");
+    assert_ok(ibidi_retriever_verify(r, &b, &faults));
+    if (faults) print_error("%s", b.data);
+    assert_int_equal(faults, 0);
+    /* after a restart: the same, from the files */
+    assert_ok(ibidi_retriever_settle(r));
+    ibidi_retriever_close(r);
+    t_put(&t, "c", "late", "Late", "Written while nobody watched: gulls.", NULL);
+    r = open_r(&o);
+    expect(r, "c", "gulls", "late");
+    expect(r, "other", "vessel", "copy");
+    /* a dropped collection takes its folder along */
+    char path[512];
+    assert_ok(ibid_store_collection_drop(t.s, t_str("other")));
+    assert_ok(ibidi_retriever_settle(r));
+    q = (ibid_search_request){.collection = t_str("other"), .question = t_str("boat")};
+    assert_err(ibidi_retriever_search(r, &q, &f), IBID_NOCOLLECTION);
+    snprintf(path, sizeof path, "%s/index", t.dir);
+    char first[512];
+    assert_true(t_glob(path, "1", "", first));
+    assert_false(t_glob(path, "2", "", first));
+    assert_ok(ibidi_retriever_verify(r, &b, &faults));
+    assert_int_equal(faults, 0);
+    ibidi_retriever_close(r);
+    ibid_buf_fini(&b);
+    t_close(&t);
+}
+
+static size_t filtered(ibidi_retriever *r, const char *key, const char *value, const char *question,
+                       size_t top, const char *want) {
+    ibid_filter filter = {t_str(key), t_str(value)};
+    ibid_search_request q = {.collection = t_str("c"),
+                             .question = t_str(question),
+                             .top = top,
+                             .filters = &filter,
+                             .n_filters = 1};
+    ibidi_found f;
+    assert_ok(ibidi_retriever_search(r, &q, &f));
+    size_t n = f.n;
+    if (want) {
+        assert_int_equal(n, 1);
+        assert_true(t_eq(f.hits[0].id, want));
+    }
+    ibidi_found_close(&f);
+    return n;
+}
+
+/* Thousands of better documents stand before those that pass. */
+static void test_filters(void **state) {
+    (void)state;
+    t_store t;
+    char id[32], text[128];
+    t_open(&t);
+    basic(&t);
+    for (int i = 0; i < 1500; i++) {
+        snprintf(id, sizeof id, "d%d", i);
+        snprintf(text, sizeof text, "boat boat boat number%d", i);
+        t_put(&t, "c", id, "Boats", text,
+              i % 500 == 7 ? "{\"rare\":\"yes\"}" : "{\"rare\":\"no\"}");
+    }
+    for (int way = 0; way < 2; way++) {
+        ibidi_retriever_opts o = t_opts(&t);
+        o.exact_tokens = way ? 100 : 0; /* then from the key index */
+        ibidi_retriever *r = open_r(&o);
+        assert_ok(ibidi_retriever_settle(r));
+        filtered(r, "lang", "de", "boat", 5, "court");
+        filtered(r, "year", "1999", "boat", 5, "road");
+        filtered(r, "tags", "law", "boat", 5, "court");
+        filtered(r, "in.city", "Rome", "boat", 5, "court");
+        filtered(r, "ok", "true", "boat", 5, "court");
+        assert_int_equal(filtered(r, "lang", "fr", "boat", 5, NULL), 0);
+        assert_int_equal(filtered(r, "rare", "yes", "boat boat", 5, NULL), 3);
+        assert_int_equal(filtered(r, "rare", "no", "boat boat", 50, NULL), 50);
+        ibidi_retriever_close(r);
+    }
+    t_close(&t);
+}
+
+/* No keys at all, keys of another calibration, a room that does not answer. */
+static ibid_err no_answer(void *arg, const ibid_hash *model, ibid_str question,
+                          ibid_question_keys *out) {
+    (void)arg;
+    (void)model;
+    (void)question;
+    (void)out;
+    return ibid_fail(IBID_UNAVAIL, "nobody there");
+}
+
+static ibid_err no_head(void *arg, const ibid_hash *model, ibid_str question,
+                        ibid_question_keys *out) {
+    (void)arg;
+    (void)model;
+    (void)question;
+    *out = (ibid_question_keys){.ids = ibid_calloc(1, 4), .n = 1};
+    return IBID_OK;
+}
+
+static void test_degraded(void **state) {
+    (void)state;
+    t_store t;
+    ibidi_found f;
+    ibid_search_request q = {.collection = t_str("c"), .question = t_str("boats in harbours")};
+    t_open(&t);
+    basic(&t);
+    ibidi_retriever_hooks hooks[] = {
+        {NULL, NULL, NULL}, {NULL, no_answer, NULL}, {NULL, no_head, NULL}};
+    for (size_t i = 0; i < 4; i++) {
+        ibidi_retriever_opts o = t_opts(&t);
+        if (i < 3)
+            o.hooks = hooks[i];
+        else
+            t_calibrate(&t, 2, 0.5f, 0.6f); /* stored keys are of the old one now */
+        ibidi_retriever *r = open_r(&o);
+        assert_ok(ibidi_retriever_search(r, &q, &f));
+        assert_int_equal(f.n, 1);
+        assert_true(t_eq(f.hits[0].id, "sea"));
+        assert_non_null(f.degraded);
+        assert_true(f.relevant); /* both words are there */
+        assert_true(f.hits[0].keys == 0);
+        ibidi_found_close(&f);
+        q.question = t_str("boats of zanzibar merchants"); /* a third of the weight at most */
+        assert_ok(ibidi_retriever_search(r, &q, &f));
+        assert_false(f.relevant);
+        ibidi_found_close(&f);
+        q.question = t_str("boats in harbours");
+        ibidi_retriever_close(r);
+    }
+    t_close(&t);
+}
+
+/* Random documents of few words; the answers of both ways, and of a rebuilt index. */
+static void random_docs(t_store *t, size_t n, uint64_t *seed) {
+    char id[32], text[4096];
+    for (size_t i = 0; i < n; i++) {
+        size_t len = 0, words = 30 + t_rnd(seed) % 60, topic = t_rnd(seed) % 40;
+        for (size_t j = 0; j < words; j++)
+            len += (size_t)snprintf(
+                text + len, sizeof text - len, "%sw%llu", j ? j == words / 2 ? "\n\n" : " " : "",
+                (unsigned long long)(t_rnd(seed) % 3 ? topic * 25 + t_rnd(seed) % 25
+                                                     : 1000 + t_rnd(seed) % 4000));
+        snprintf(id, sizeof id, "r%zu", i);
+        t_put(t, "c", id, "Random", text, NULL);
+    }
+}
+
+static void question_of(uint64_t *seed, char out[256]) {
+    size_t len = 0, topic = t_rnd(seed) % 40;
+    for (int i = 0; i < 6; i++)
+        len += (size_t)snprintf(out + len, 256 - len, "w%llu ",
+                                (unsigned long long)(i < 4 ? topic * 25 + t_rnd(seed) % 25
+                                                           : 1000 + t_rnd(seed) % 4000));
+}
+
+static void test_two_ways(void **state) {
+    (void)state;
+    t_store t;
+    uint64_t seed = 2024, same = 0, total = 0;
+    print_message("seed %llu\n", (unsigned long long)seed);
+    t_open(&t);
+    random_docs(&t, 600, &seed);
+    ibidi_retriever_opts o = t_opts(&t), small = o;
+    small.exact_tokens = 1;
+    small.keys = (ibidi_keyindex_opts){1000, 1000, 1};
+    ibidi_retriever *exact = open_r(&o);
+    assert_ok(ibidi_retriever_settle(exact));
+    char answers[40][1024], got[1024], question[40][256];
+    for (int i = 0; i < 40; i++) {
+        question_of(&seed, question[i]);
+        t_search(exact, "c", question[i], 10, answers[i]);
+    }
+    ibidi_retriever_close(exact); /* the lexical index has one owner */
+    ibidi_retriever *index = open_r(&small);
+    assert_ok(ibidi_retriever_settle(index));
+    for (int i = 0; i < 40; i++) {
+        t_search(index, "c", question[i], 10, got);
+        for (char *p = strtok(got, " "); p; p = strtok(NULL, " ")) {
+            const char *at = strstr(answers[i], p); /* as a whole word */
+            size_t len = strlen(p);
+            while (at && !((at == answers[i] || at[-1] == ' ') && (at[len] == ' ' || !at[len])))
+                at = strstr(at + 1, p);
+            same += at != NULL;
+            total++;
+        }
+    }
+    print_message("ten best through the key index that are ten best of the scan: %.4f\n",
+                  (double)same / (double)total);
+    assert_int_equal(total, 400);
+    assert_true(same * 100 >= total * 98);
+    /* documents the key index has not got yet are found at once */
+    t_put(&t, "c", "new", "Fresh", "the vessel of tomorrow", NULL);
+    expect(index, "c", "ship", "new");
+    assert_ok(ibidi_retriever_settle(index));
+    expect(index, "c", "ship", "new");
+    t_delete(&t, "c", "new");
+    t_search(index, "c", "ship", 50, got);
+    assert_null(strstr(got, "new"));
+    ibidi_retriever_close(index);
+    t_close(&t);
+}
+
+/* ---- Damage ---- */
+typedef struct files {
+    char dir[300], words[400], keys[512], manifest[400];
+} files;
+
+static void locate(const t_store *t, files *f) {
+    snprintf(f->dir, sizeof f->dir, "%s/index/1", t->dir);
+    snprintf(f->words, sizeof f->words, "%s/words.sqlite", f->dir);
+    snprintf(f->manifest, sizeof f->manifest, "%s/keys.manifest", f->dir);
+    assert_true(t_glob(f->dir, "keys-", ".faiss", f->keys));
+}
+
+static void copy(const char *from, const char *to) {
+    char command[1200];
+    snprintf(command, sizeof command, "cp -a '%s' '%s'", from, to);
+    assert_int_equal(system(command), 0);
+}
+
+static void test_damage(void **state) {
+    (void)state;
+    t_store t;
+    uint64_t seed = 77, faults;
+    char question[10][256], want[10][1024], got[1024], old[600], seal[500];
+    files f;
+    ibid_buf b;
+    print_message("seed %llu\n", (unsigned long long)seed);
+    ibid_buf_init(&b, 1 << 20);
+    t_open(&t);
+    basic(&t);
+    random_docs(&t, 100, &seed);
+    ibidi_retriever_opts o = t_opts(&t);
+    o.exact_tokens = 1;
+    o.keys = (ibidi_keyindex_opts){500, 1u << 30, 1};
+    ibidi_retriever *r = open_r(&o);
+    assert_ok(ibidi_retriever_settle(r));
+    ibidi_retriever_close(r);
+    locate(&t, &f);
+    snprintf(old, sizeof old, "%s/old", t.dir);
+    snprintf(seal, sizeof seal, "%s.seal", f.words);
+    copy(f.dir, old); /* an older generation, sound in itself */
+    t_put(&t, "c", "road", "Streets", "Nothing drives here; otters swim.", NULL);
+    t_delete(&t, "c", "r3");
+    r = open_r(&o);
+    assert_ok(ibidi_retriever_settle(r));
+    for (int i = 0; i < 10; i++) {
+        question_of(&seed, question[i]);
+        t_search(r, "c", question[i], 10, want[i]);
+    }
+    ibidi_retriever_close(r);
+    for (int how = 0; how < 11; how++) {
+        locate(&t, &f);
+        char command[1200];
+        switch (how) {
+        case 0:
+            t_truncate(f.words, 0.4);
+            break;
+        case 1:
+            t_flip(f.words, -2000);
+            break;
+        case 2:
+            unlink(seal);
+            t_truncate(f.words, 0.7);
+            break;
+        case 3:
+            t_truncate(f.keys, 0.9);
+            break;
+        case 4:
+            t_flip(f.keys, 5000);
+            break;
+        case 5:
+            t_flip(f.manifest, 20);
+            break;
+        case 6:
+            unlink(f.keys);
+            break;
+        case 7:
+            unlink(f.words);
+            break;
+        case 8: /* files of an older generation: brought forward */
+        case 9: /* and of a calibration that is no longer the model's */
+            snprintf(command, sizeof command, "rm -r '%s'", f.dir);
+            assert_int_equal(system(command), 0);
+            copy(old, f.dir);
+            break;
+        default: /* everything gone */
+            snprintf(command, sizeof command, "rm -r '%s/index'", t.dir);
+            assert_int_equal(system(command), 0);
+        }
+        r = open_r(&o);
+        for (int i = 0; i < 10; i++) {
+            t_search(r, "c", question[i], 10, got);
+            assert_string_equal(got, want[i]);
+        }
+        expect(r, "c", "otters", "road");
+        assert_ok(ibidi_retriever_settle(r));
+        for (int i = 0; i < 10; i++) {
+            t_search(r, "c", question[i], 10, got);
+            assert_string_equal(got, want[i]);
+        }
+        assert_ok(ibidi_retriever_verify(r, &b, &faults));
+        if (faults) print_error("case %d: %s", how, b.data);
+        assert_int_equal(faults, 0);
+        ibidi_retriever_close(r);
+    }
+    /* reindex makes everything anew; verify sees a file that was damaged under it */
+    r = open_r(&o);
+    assert_ok(ibidi_retriever_reindex(r, t_str("")));
+    t_search(r, "c", question[0], 10, got);
+    assert_string_equal(got, want[0]);
+    assert_err(ibidi_retriever_reindex(r, t_str("none")), IBID_NOCOLLECTION);
+    locate(&t, &f);
+    t_flip(f.keys, 3000);
+    assert_ok(ibidi_retriever_verify(r, &b, &faults));
+    assert_int_equal(faults, 1);
+    assert_non_null(strstr(b.data, "keys-"));
+    ibidi_retriever_close(r);
+    ibid_buf_fini(&b);
+    t_close(&t);
+}
+
+/* The store does not exist yet; it appears; its history is shorter than the index is old. */
+static void test_store_comes_late(void **state) {
+    (void)state;
+    char dir[256];
+    ibidi_found f;
+    ibidi_retriever *r;
+    t_dir(dir);
+    ibidi_retriever_opts o = {.data_dir = dir, .hooks = t_hooks};
+    ibid_search_request q = {.collection = t_str("c"), .question = t_str("x")};
+    assert_ok(ibidi_retriever_open(&o, &r));
+    assert_err(ibidi_retriever_search(r, &q, &f), IBID_UNAVAIL);
+    ibidi_retriever_close(r);
+    t_drop(dir);
+}
+
+/* A store that was made anew under an old index: its generations went back. */
+static void test_store_went_back(void **state) {
+    (void)state;
+    t_store a, b;
+    char command[1200];
+    t_open(&a);
+    basic(&a);
+    for (int i = 0; i < 5; i++) t_put(&a, "c", "more", "More", i % 2 ? "one" : "two", NULL);
+    ibidi_retriever_opts o = t_opts(&a);
+    ibidi_retriever *r = open_r(&o);
+    assert_ok(ibidi_retriever_settle(r));
+    expect(r, "c", "gulls", "sea");
+    ibidi_retriever_close(r);
+    t_open(&b);
+    t_put(&b, "c", "only", "Only", "An otter.", NULL);
+    snprintf(command, sizeof command, "cp -a '%s/index' '%s/'", a.dir, b.dir);
+    assert_int_equal(system(command), 0);
+    o = t_opts(&b);
+    r = open_r(&o);
+    char got[1024];
+    expect(r, "c", "otter", "only");
+    t_search(r, "c", "gulls", 10, got);
+    assert_string_equal(got, "only");
+    assert_ok(ibidi_retriever_settle(r));
+    expect(r, "c", "otter", "only");
+    ibidi_retriever_close(r);
+    t_close(&a);
+    t_close(&b);
+}
+
+/* Searches from two threads while documents come and go, with the keeper at work. */
+typedef struct racer {
+    ibidi_retriever *r;
+    int searches;
+    bool stop;
+} racer;
+
+static void *race(void *arg) {
+    racer *x = arg;
+    while (!__atomic_load_n(&x->stop, __ATOMIC_RELAXED)) {
+        ibidi_found f;
+        ibid_search_request q = {
+            .collection = t_str("c"), .question = t_str("vessel in the harbour"), .top = 3};
+        if (ibidi_retriever_search(x->r, &q, &f) != IBID_OK) return "failed";
+        if (f.n < 3 || !t_eq(f.hits[0].id, "sea")) {
+            ibidi_found_close(&f);
+            return "wrong";
+        }
+        ibidi_found_close(&f);
+        x->searches++;
+    }
+    return NULL;
+}
+
+static void test_threads(void **state) {
+    (void)state;
+    t_store t;
+    pthread_t th[2];
+    racer x[2];
+    uint64_t seed = 1, faults;
+    ibid_buf b;
+    ibid_buf_init(&b, 1 << 16);
+    t_open(&t);
+    basic(&t);
+    ibidi_retriever_opts o = t_opts(&t);
+    o.exact_tokens = 100;
+    o.quiet_ms = 1;
+    o.keys = (ibidi_keyindex_opts){200, 4000, 1};
+    ibidi_retriever *r = open_r(&o);
+    assert_ok(ibidi_engine_keeper_start(r));
+    for (int i = 0; i < 2; i++) {
+        x[i] = (racer){r, 0, false};
+        assert_int_equal(pthread_create(&th[i], NULL, race, &x[i]), 0);
+    }
+    random_docs(&t, 150, &seed);
+    for (int i = 0; i < 100; i += 2) {
+        char id[32];
+        snprintf(id, sizeof id, "r%d", i);
+        t_delete(&t, "c", id);
+        ibidi_retriever_notify(r);
+    }
+    for (int i = 0; i < 2; i++) {
+        void *why = NULL;
+        __atomic_store_n(&x[i].stop, true, __ATOMIC_RELAXED);
+        pthread_join(th[i], &why);
+        if (why) fail_msg("%s", (char *)why);
+        assert_true(x[i].searches > 0);
+    }
+    print_message("%d searches\n", x[0].searches + x[1].searches);
+    assert_ok(ibidi_retriever_verify(r, &b, &faults));
+    assert_int_equal(faults, 0);
+    ibidi_retriever_close(r);
+    ibid_buf_fini(&b);
+    t_close(&t);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_search),           cmocka_unit_test(test_updates),
+        cmocka_unit_test(test_filters),          cmocka_unit_test(test_degraded),
+        cmocka_unit_test(test_two_ways),         cmocka_unit_test(test_damage),
+        cmocka_unit_test(test_store_comes_late), cmocka_unit_test(test_store_went_back),
+        cmocka_unit_test(test_threads),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
