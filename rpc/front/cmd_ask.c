@@ -238,7 +238,7 @@ static int ask_one(void *arg, ibid_str text, json_t *id) {
             break;
     }
     if (interrupted && !e) e = ibid_fail(IBID_CANCELLED, "interrupted");
-    return e ? (ibidi_report(a->cli, e), 2) : a->status;
+    return e ? ibidi_report(a->cli, e) : a->status;
 }
 
 static ibid_err read_recompute(const char *text, double *out) {

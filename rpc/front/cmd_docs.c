@@ -106,6 +106,7 @@ int ibidi_cmd_show(ibid_cli *cli) {
     int status = 0;
     if (e) {
         status = ibidi_report(cli, e);
+        if (e == IBID_NOTFOUND) status = 1;
     } else if (cli->o.json) {
         status = ibidi_json_print(json_pack(
             "{s:o,s:o,s:s,s:o,s:o,s:I,s:I,s:I,s:o}", "document", ibidi_json_str(d.id), "title",
@@ -149,6 +150,7 @@ int ibidi_cmd_rm(ibid_cli *cli) {
             removed++;
         else {
             int st = ibidi_report(cli, one);
+            if (one == IBID_NOTFOUND) st = 1;
             status = st > status ? st : status;
         }
     }
@@ -273,10 +275,7 @@ int ibidi_cmd_find(ibid_cli *cli) {
         e = print_matches(&s, &p, &r, cli->o.context);
         if (!e && r.n == 0) printf("no match\n");
     }
-    if (e) {
-        status = ibidi_report(cli, e);
-        if (e == IBID_NOTFOUND) status = 2; /* the file, not the match */
-    }
+    if (e) status = ibidi_report(cli, e);
     ibid_find_result_close(&r);
     ibidi_service_close(&s);
     return status;

@@ -68,11 +68,28 @@ static bool state_is(const ibid_job_status *st, const char *name) {
     return st->state.n == strlen(name) && memcmp(st->state.s, name, st->state.n) == 0;
 }
 
+/* What went wrong with the job itself, for stderr; nothing for one that is done. */
+static void print_ending(const ibid_job_status *st) {
+    if (state_is(st, "paused"))
+        (void)fprintf(stderr, "ibid: job %llu is paused; ibid index --resume finishes it\n",
+                      (unsigned long long)st->id);
+    else if (!state_is(st, "done"))
+        (void)fprintf(stderr, "ibid: %s: job %llu ended as %.*s: %.*s\n", ibid_err_code(st->error),
+                      (unsigned long long)st->id, (int)st->state.n, st->state.s,
+                      (int)st->error_text.n, st->error_text.s);
+}
+
 static int finish(const ibid_cli *cli, const ibid_job_status *st, json_t *files) {
     uint64_t good = st->ready + st->partial + st->unchanged + st->removed;
     int status = state_is(st, "done") ? (good || cli->o.dry_run ? 0 : st->failed ? 2 : 1) : 2;
+    print_ending(st);
     if (cli->o.json) {
-        int wrote = ibidi_json_print(status_json(st, files));
+        json_t *j = status_json(st, files);
+        if (st->error)
+            (void)json_object_set_new(j, "error",
+                                      json_pack("{s:s,s:o}", "code", ibid_err_code(st->error),
+                                                "message", ibidi_json_str(st->error_text)));
+        int wrote = ibidi_json_print(j);
         return wrote ? wrote : status;
     }
     char a[32], b[32];
@@ -82,20 +99,13 @@ static int finish(const ibid_cli *cli, const ibid_job_status *st, json_t *files)
                ibidi_seconds(st->forecast_s, b));
     else
         printf("%s%llu ready%s, %llu unchanged, %llu partial, %llu empty, %llu unsupported, %llu "
-               "failed, "
-               "%llu removed; %llu tokens encoded (%.0f/s), %llu reused\n",
+               "failed, %llu removed; %llu tokens encoded (%.0f/s), %llu reused\n",
                ibidi_bold(), (unsigned long long)st->ready, ibidi_plain(),
                (unsigned long long)st->unchanged, (unsigned long long)st->partial,
                (unsigned long long)st->empty, (unsigned long long)st->unsupported,
                (unsigned long long)st->failed, (unsigned long long)st->removed,
                (unsigned long long)st->encoded_tokens, st->tokens_per_s,
                (unsigned long long)st->reused_tokens);
-    if (state_is(st, "paused"))
-        (void)fprintf(stderr, "ibid: job %llu is paused; ibid index --resume finishes it\n",
-                      (unsigned long long)st->id);
-    else if (!state_is(st, "done"))
-        (void)fprintf(stderr, "ibid: job %llu ended as %.*s: %.*s\n", (unsigned long long)st->id,
-                      (int)st->state.n, st->state.s, (int)st->error_text.n, st->error_text.s);
     return status;
 }
 

@@ -152,7 +152,7 @@ int ibidi_cmd_model(ibid_cli *cli) {
     } else {
         e = adds ? add_file(&s, what, cli->o.name ? cli->o.name : "", &m)
                  : pull(cli, &s, what ? what : "smollm2", &m);
-        status = e ? (ibidi_report(cli, e), 2) : show_info(cli, &m);
+        status = e ? ibidi_report(cli, e) : show_info(cli, &m);
     }
     ibidi_service_close(&s);
     return status;

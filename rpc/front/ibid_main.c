@@ -46,7 +46,7 @@ int main(int argc, char **argv) {
     int status = 2;
     ibidi_out_init(&cli.o);
     if (e)
-        status = ibidi_report(&cli, e), status = 2;
+        status = ibidi_report(&cli, e);
     else if (cli.o.help)
         ibidi_cli_help(cmd), status = 0;
     else

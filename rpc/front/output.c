@@ -119,7 +119,7 @@ int ibidi_report(const ibid_cli *cli, ibid_err e) {
                                          "message", ibidi_json_text(detail, strlen(detail))));
     (void)fflush(stdout);
     (void)fprintf(stderr, "ibid: %s: %s\n", ibid_err_code(e), detail);
-    return e == IBID_NOTFOUND ? 1 : 2;
+    return 2;
 }
 
 const char *ibidi_bytes(uint64_t n, char out[32]) {

@@ -25,7 +25,7 @@ json_t *ibidi_json_value(const ibid_val *v);
 int ibidi_json_print(json_t *j);
 
 /* Prints "ibid: CODE text" to stderr (JSON {"error":{"code","message"}} to stdout with --json) and
- * returns the exit status: 1 for NOTFOUND, otherwise 2. */
+ * returns the exit status 2. */
 int ibidi_report(const ibid_cli *cli, ibid_err e);
 
 /* "12.3 MB", "41 s", into a caller's buffer. */

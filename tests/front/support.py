@@ -37,7 +37,7 @@ class Service:
         self.env["XDG_CONFIG_HOME"] = os.path.join(self.dir, "config")
         if Service.template is None:
             Service.template = tempfile.mkdtemp(prefix="ibid-template-")
-            self.ok("model", "pull", "smollm2", "--from", model_file())
+            self.ok("model", "add", model_file(), "--name", "smollm2")
             self.ok("down")
             shutil.copytree(self.data, os.path.join(Service.template, "data"),
                             ignore=shutil.ignore_patterns("run", "log"))
