@@ -208,7 +208,8 @@ void t_close(t_store *t) {
     t_drop(t->dir);
 }
 
-static uint64_t put_block(t_store *t, const char *title, ibid_str text, uint64_t job) {
+/* Without a job: the store spares such blocks for two minutes. */
+static uint64_t put_block(t_store *t, const char *title, ibid_str text) {
     ibid_tokens head, body;
     uint64_t number;
     assert_ok(t_tokenize(NULL, &t->model, t_str(title), &head));
@@ -229,8 +230,7 @@ static uint64_t put_block(t_store *t, const char *title, ibid_str text, uint64_t
                         .tokens = ids,
                         .calibration = t->calibration,
                         .keys = keys,
-                        .keys_dim = T_DIM,
-                        .job = job};
+                        .keys_dim = T_DIM};
     assert_ok(ibid_store_blocks_put(t->s, &b, 1, &number));
     ibid_free(ids);
     ibid_free(keys);
@@ -244,19 +244,13 @@ uint64_t t_put(t_store *t, const char *collection, const char *id, const char *t
     ibid_chunk chunks[512];
     size_t n = 0;
     uint64_t number, generation;
-    ibid_job job = {.kind = t_str("index"),
-                    .collection = t_str(collection),
-                    .state = t_str("running"),
-                    .stage = t_str("encode")};
-    uint64_t j = 0;
-    assert_ok(ibid_store_job_put(t->s, &job, &j));
     for (const char *p = text; *p;) {
         const char *end = strstr(p, "\n\n");
         size_t len = end ? (size_t)(end - p) : strlen(p);
         assert_true(n < 512);
         uint64_t start = (uint64_t)(p - text);
         chunks[n++] = (ibid_chunk){start, start + len, t_str("page 1"),
-                                   put_block(t, title, (ibid_str){p, len}, j)};
+                                   put_block(t, title, (ibid_str){p, len})};
         p += len + (end ? 2 : 0);
     }
     ibid_document_put d = {.collection = t_str(collection),
@@ -267,12 +261,8 @@ uint64_t t_put(t_store *t, const char *collection, const char *id, const char *t
                            .state = n ? IBID_DOC_READY : IBID_DOC_EMPTY,
                            .text = t_str(text),
                            .chunks = chunks,
-                           .n_chunks = n,
-                           .job = j};
+                           .n_chunks = n};
     assert_ok(ibid_store_document_put(t->s, &d, &number, &generation));
-    job.id = j;
-    job.state = t_str("done");
-    assert_ok(ibid_store_job_put(t->s, &job, &j));
     return generation;
 }
 
