@@ -9,8 +9,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Blocks an answer reads by default: few blocks beat many (docs/design.md section 9). */
-enum { BLOCKS_DEFAULT = 3, BLOCKS_MAX = 256, CITATIONS_SHOWN = 16 };
+/* Few blocks beat many (docs/design.md section 9), so by default an answer reads the best block,
+ * and others only where the search could hardly tell them from it. */
+enum { BLOCKS_AUTO_MAX = 3, BLOCKS_MAX = 256, CITATIONS_SHOWN = 16 };
+static const double close_call = 0.8; /* of the best block's score */
 
 static volatile sig_atomic_t interrupted;
 
@@ -203,7 +205,7 @@ static ibid_err attempt(struct ask *a, ibid_str text) {
     ibid_search_request r = {.collection = ibidi_str(o->collection),
                              .question = text,
                              .chunks = true,
-                             .top = o->blocks ? o->blocks : BLOCKS_DEFAULT,
+                             .top = o->blocks ? o->blocks : BLOCKS_AUTO_MAX,
                              .filters = filters,
                              .n_filters = ibidi_filters(o, filters)};
     uint64_t start = ibid_now_ns();
@@ -212,6 +214,9 @@ static ibid_err attempt(struct ask *a, ibid_str text) {
     if (e) return e;
     a->retrieve_ms = ibid_ms_since(start);
     a->found = &found;
+    while (!o->blocks && found.n > 1 &&
+           found.hits[found.n - 1].score < close_call * found.hits[0].score)
+        found.n--;
     if (found.n == 0 || (!found.relevant && !o->always)) {
         a->status = not_found(a);
         a->wrote = true;
