@@ -9,13 +9,12 @@ enum { CALIBRATION_VERSION = 1, ENCODING_MAX = 256 * 1024 };
 
 /* ---- Token keys ---- */
 
-static void keys_of(const ibid_calibration *c, const float *mean, const float *raw, size_t n,
-                    int8_t *out) {
+void ibid_token_keys(const ibid_calibration *c, const float *raw, size_t n, int8_t *out) {
     size_t d = c->head_dim, dim = c->n_heads * d;
     float part = c->n_heads ? 1.0f / sqrtf((float)c->n_heads) : 0;
     for (size_t t = 0; t < n; t++) {
         for (size_t h = 0; h < c->n_heads; h++) {
-            const float *x = raw + t * dim + h * d, *m = mean + h * d;
+            const float *x = raw + t * dim + h * d, *m = c->mean + h * d;
             int8_t *y = out + t * dim + h * d;
             double norm = 0;
             for (size_t i = 0; i < d; i++) norm += (double)(x[i] - m[i]) * (double)(x[i] - m[i]);
@@ -23,14 +22,6 @@ static void keys_of(const ibid_calibration *c, const float *mean, const float *r
             for (size_t i = 0; i < d; i++) y[i] = (int8_t)lrintf((x[i] - m[i]) * scale);
         }
     }
-}
-
-void ibid_token_keys(const ibid_calibration *c, const float *raw, size_t n, int8_t *out) {
-    keys_of(c, c->mean, raw, n, out);
-}
-
-void ibid_question_token_keys(const ibid_calibration *c, const float *raw, size_t n, int8_t *out) {
-    keys_of(c, c->question_mean, raw, n, out);
 }
 
 /* ---- Encoding: floats as their 32 bits, little-endian ---- */
@@ -85,7 +76,6 @@ ibid_err ibid_calibration_encode(ibid_calibration *c, ibid_buf *out) {
     }
     ibid_enc_end(&e);
     put_floats(&e, "mean", c->mean, dim);
-    put_floats(&e, "question_mean", c->question_mean, dim);
     put_floats(&e, "numbers", numbers, sizeof numbers / sizeof *numbers);
     ibid_enc_end(&e);
     ibid_err err = ibid_enc_done(&e);
@@ -129,9 +119,7 @@ ibid_err ibid_calibration_decode(const void *data, size_t n, ibid_calibration *o
     }
     bool good = version && get_heads(root, &c);
     size_t dim = (size_t)c.n_heads * c.head_dim;
-    good = good && get_floats(root, "mean", c.mean, dim) &&
-           get_floats(root, "question_mean", c.question_mean, dim) &&
-           get_floats(root, "numbers", numbers, 6);
+    good = good && get_floats(root, "mean", c.mean, dim) && get_floats(root, "numbers", numbers, 6);
     if (!good) {
         err =
             ibid_fail(IBID_CORRUPT, "a stored calibration is damaged; run `ibid model calibrate`");

@@ -20,10 +20,9 @@ typedef struct ibid_calibration {
     ibid_hash id; /* of the encoding below; all zero: no retrieval head (lexical search only) */
     uint32_t n_heads, head_dim; /* token key dimension = n_heads * head_dim */
     ibid_head heads[IBID_HEADS_MAX];
-    /* Subtracted from the raw key of each head before that head's 1/norm; questions and documents
-     * have their own mean (different contexts). [n_heads * head_dim] each */
+    /* Subtracted from the raw key of each head, of questions as of documents, before that head's
+     * 1/norm. [n_heads * head_dim] */
     float mean[IBID_HEADS_MAX * IBID_HEAD_DIM_MAX];
-    float question_mean[IBID_HEADS_MAX * IBID_HEAD_DIM_MAX];
     /* MaxSim scores (0..1) of the best wrong chunk for a pseudo-question, over the sample: */
     float null_mean, null_sd;
     float relevant;        /* a best hit scoring below this is "not in the documents" */
@@ -32,10 +31,8 @@ typedef struct ibid_calibration {
 } ibid_calibration;
 
 /* Raw keys of n tokens, [n, n_heads * head_dim] f32 heads side by side, to token keys: centred,
- * each head's part normalised to 1/sqrt(n_heads), int8 round(127 * x). The first is for tokens of
- * blocks, the second for those of questions. */
+ * each head's part normalised to 1/sqrt(n_heads), int8 round(127 * x). */
 void ibid_token_keys(const ibid_calibration *c, const float *raw, size_t n, int8_t *out);
-void ibid_question_token_keys(const ibid_calibration *c, const float *raw, size_t n, int8_t *out);
 
 /* MessagePack encoding; sets c->id from it. Errors of open: CORRUPT, NOTSUP (newer version). */
 ibid_err ibid_calibration_encode(ibid_calibration *c, ibid_buf *out);

@@ -11,7 +11,7 @@ enum { CHUNKS_MIN = 16, HEADS_TAKEN_MAX = 4 };
 
 /* One more head costs head_dim bytes a token in every index: it must earn this much mean reciprocal
  * rank. A head below the floor (a random one has about 5 / n_chunks) is no use. */
-static const double worth = 0.03, floor_mrr = 0.25;
+static const double worth = 0.015, floor_mrr = 0.25;
 
 struct ibid_cal_bank {
     const ibid_model *m;
@@ -184,18 +184,12 @@ static void mean_of(const float *raw, size_t n, size_t dim, float *mean) {
 
 ibid_err ibid_cal_bank_means(const ibid_cal_bank *b, ibid_calibration *c) {
     size_t dim = c->n_heads * b->m->head_dim, n = b->chunk0[b->set->n_chunks];
-    size_t nq = b->question0[b->set->n_questions];
     c->head_dim = (uint32_t)b->m->head_dim;
     float *raw = side_by_side(b, c, b->chunk_keys, n);
-    float *question = side_by_side(b, c, b->question_keys, nq);
-    ibid_err e = raw && question ? IBID_OK : ibid_fail(IBID_NOMEM, "no memory for keys");
-    if (!e) {
-        mean_of(raw, n, dim, c->mean);
-        mean_of(question, nq, dim, c->question_mean);
-    }
+    if (!raw) return ibid_fail(IBID_NOMEM, "no memory for keys");
+    mean_of(raw, n, dim, c->mean);
     ibid_free(raw);
-    ibid_free(question);
-    return e;
+    return IBID_OK;
 }
 
 typedef struct scorer {
@@ -284,7 +278,7 @@ ibid_err ibid_cal_bank_score(const ibid_cal_bank *b, const ibid_calibration *c,
                      : ibid_fail(IBID_NOMEM, "no memory for token keys");
     if (!e) {
         ibid_token_keys(c, raw, n, s.chunks);
-        ibid_question_token_keys(c, question, nq, s.questions);
+        ibid_token_keys(c, question, nq, s.questions);
         judge(&s, out);
     }
     ibid_free(raw);
@@ -325,7 +319,7 @@ static int by_mrr(const void *a, const void *b) {
 /* c->heads grow by the best partner among the leading heads while that pays. */
 static ibid_err add_partners(const ibid_cal_bank *b, const ranked *all, ibid_calibration *c,
                              ibid_cal_score *score) {
-    enum { PARTNERS = 12 };
+    enum { PARTNERS = 16 };
     size_t n_partners = b->n_heads < PARTNERS ? b->n_heads : PARTNERS;
     ibid_calibration *t = ibid_calloc(1, sizeof *t);
     ibid_err e = t ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory");
@@ -353,9 +347,9 @@ static ibid_err add_partners(const ibid_cal_bank *b, const ranked *all, ibid_cal
 static void tell(ibid_buf *report, const ibid_cal_bank *b, const ranked *all,
                  const ibid_calibration *c, double ms) {
     if (!report) return;
-    (void)ibid_buf_printf(
-        report, "sample: %zu chunks of %zu tokens, %zu pseudo-questions, %.1f s\n",
-        b->set->n_chunks, b->chunk0[b->set->n_chunks], b->set->n_questions, ms / 1000);
+    (void)ibid_buf_printf(report, "sample: %zu chunks of %zu tokens, %zu questions, %.1f s\n",
+                          b->set->n_chunks, b->chunk0[b->set->n_chunks], b->set->n_questions,
+                          ms / 1000);
     (void)ibid_buf_puts(report, "  layer  head  recall@1    MRR  margin\n");
     for (size_t i = 0; i < b->n_heads && i < 10; i++)
         (void)ibid_buf_printf(report, "  %5u %5u     %.3f  %.3f   %+.3f%s\n", all[i].head.layer,

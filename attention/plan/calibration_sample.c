@@ -20,6 +20,8 @@ typedef struct span {
 typedef struct chunk {
     span s[SENTENCES_MAX];
     size_t n;
+    span asked[PER_CHUNK]; /* written questions about it */
+    size_t n_asked;
 } chunk;
 
 typedef struct builder {
@@ -28,9 +30,9 @@ typedef struct builder {
     chunk *chunks; /* [CHUNKS_MAX] */
     size_t n_chunks;
     ibid_reading *readings;       /* [CHUNKS_MAX] */
-    ibid_cal_question *questions; /* [CHUNKS_MAX * PER_CHUNK] */
+    ibid_cal_question *questions; /* [CHUNKS_MAX * 2 * PER_CHUNK] */
     int32_t *chunk_ids, *question_ids;
-    size_t n_chunk_ids, n_questions, n_question_ids;
+    size_t n_chunk_ids, n_questions, n_question_ids, n_written;
     uint64_t random;
 } builder;
 
@@ -91,8 +93,14 @@ static void cut(builder *b) {
     bool paragraph;
     chunk *c = NULL;
     while (next_sentence(b->text, &at, &s, &paragraph)) {
-        if (!c || c->n == SENTENCES_MAX || (about_tokens(c) >= CHUNK_TOKENS / 2 && paragraph) ||
-            about_tokens(c) >= CHUNK_TOKENS) {
+        if (c && s.end - s.start > 3 && memcmp(b->text.s + s.start, "Q: ", 3) == 0) {
+            s.start += 3;
+            if (c->n_asked < PER_CHUNK) c->asked[c->n_asked++] = s;
+            b->n_written++;
+            continue;
+        }
+        if (!c || c->n_asked || c->n == SENTENCES_MAX ||
+            (about_tokens(c) >= CHUNK_TOKENS / 2 && paragraph) || about_tokens(c) >= CHUNK_TOKENS) {
             if (b->n_chunks == CHUNKS_MAX) return;
             c = &b->chunks[b->n_chunks++];
         }
@@ -160,7 +168,14 @@ static ibid_err phrase(builder *b, span s, double keep, ibid_buf *out) {
 static ibid_err ask(builder *b, size_t i, span s, bool leave_out, double keep, ibid_buf *scratch) {
     ibid_cal_question *q = &b->questions[b->n_questions];
     size_t first = b->n_question_ids;
-    ibid_err e = phrase(b, s, keep, scratch);
+    ibid_err e = IBID_OK;
+    if (keep < 1) {
+        e = phrase(b, s, keep, scratch);
+    } else {
+        ibid_buf_clear(scratch);
+        e = ibid_buf_puts(scratch, " ");
+        if (!e) e = ibid_buf_append(scratch, b->text.s + s.start, s.end - s.start);
+    }
     if (!e)
         e = put_tokens(b, scratch->data, scratch->len, b->question_ids, &b->n_question_ids,
                        QUESTION_TOKENS);
@@ -171,22 +186,29 @@ static ibid_err ask(builder *b, size_t i, span s, bool leave_out, double keep, i
     return e;
 }
 
-/* Of each chunk: one sentence left out, the others kept with fewer words. */
+/* Of each chunk: its written questions and one sentence with fewer words; or, in a sample without
+ * written questions, one sentence that is left out of the chunk and two that are not. */
+static ibid_err ask_chunk(builder *b, size_t i, ibid_buf *scratch) {
+    const chunk *c = &b->chunks[i];
+    size_t first = (size_t)(next_random(b) % c->n), asked = 0;
+    size_t most = b->n_written ? 1 : PER_CHUNK;
+    ibid_err e = IBID_OK;
+    for (size_t k = 0; !e && k < c->n_asked; k++) e = ask(b, i, c->asked[k], false, 1, scratch);
+    for (size_t k = 0; !e && k < c->n && asked < most; k++) {
+        span s = c->s[(first + k) % c->n];
+        if (count_words(b->text, s) < WORDS_MIN) continue;
+        bool leave_out = !b->n_written && asked == 0 && c->n > 2;
+        e = ask(b, i, s, leave_out, leave_out ? 0.7 : 0.4, scratch);
+        asked++;
+    }
+    return e;
+}
+
 static ibid_err ask_all(builder *b) {
     ibid_buf scratch;
     ibid_err e = IBID_OK;
     ibid_buf_init(&scratch, 64 * 1024);
-    for (size_t i = 0; !e && i < b->n_chunks; i++) {
-        const chunk *c = &b->chunks[i];
-        size_t first = (size_t)(next_random(b) % c->n), asked = 0;
-        for (size_t k = 0; !e && k < c->n && asked < PER_CHUNK; k++) {
-            span s = c->s[(first + k) % c->n];
-            if (count_words(b->text, s) < WORDS_MIN) continue;
-            bool leave_out = asked == 0 && c->n > 2;
-            e = ask(b, i, s, leave_out, leave_out ? 0.7 : 0.4, &scratch);
-            asked++;
-        }
-    }
+    for (size_t i = 0; !e && i < b->n_chunks; i++) e = ask_chunk(b, i, &scratch);
     ibid_buf_fini(&scratch);
     return e;
 }
@@ -203,10 +225,10 @@ ibid_err ibid_cal_sample_open(const ibid_model *m, ibid_str text, ibid_cal_sampl
     /* A token is at least a byte; a byte at most one token. */
     out->memory[0] = b.chunks = ibid_calloc(CHUNKS_MAX, sizeof *b.chunks);
     out->memory[1] = b.readings = ibid_calloc(CHUNKS_MAX, sizeof *b.readings);
-    out->memory[2] = b.questions = ibid_calloc(CHUNKS_MAX * PER_CHUNK, sizeof *b.questions);
+    out->memory[2] = b.questions = ibid_calloc(CHUNKS_MAX * 2 * PER_CHUNK, sizeof *b.questions);
     out->memory[3] = b.chunk_ids = ibid_calloc(b.text.n + 1, sizeof *b.chunk_ids);
     out->memory[4] = b.question_ids =
-        ibid_calloc(CHUNKS_MAX * PER_CHUNK * QUESTION_TOKENS, sizeof *b.question_ids);
+        ibid_calloc(CHUNKS_MAX * 2 * PER_CHUNK * QUESTION_TOKENS, sizeof *b.question_ids);
     ibid_err e = IBID_OK;
     for (size_t i = 0; i < sizeof out->memory / sizeof *out->memory; i++)
         if (!out->memory[i]) e = ibid_fail(IBID_NOMEM, "no memory for a sample");

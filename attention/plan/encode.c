@@ -181,7 +181,7 @@ static void beside(const float *one, size_t n, size_t d, size_t head, size_t dim
 
 /* Token keys from rows of a sequence or, where s is NULL, from stored K. */
 static ibid_err take_keys(const ibid_reader *r, const ibid_seq *s, const ibid_kv_view *layers,
-                          size_t n, const ibid_calibration *cal, bool question, int8_t *out) {
+                          size_t n, const ibid_calibration *cal, int8_t *out) {
     size_t d = cal->head_dim, dim = cal->n_heads * d;
     ibid_err e = IBID_OK;
     if (d != r->model->head_dim)
@@ -201,8 +201,7 @@ static ibid_err take_keys(const ibid_reader *r, const ibid_seq *s, const ibid_kv
                                         one);
         if (!e) beside(one, n, d, h, dim, raw);
     }
-    if (!e && question) ibid_question_token_keys(cal, raw, n, out);
-    if (!e && !question) ibid_token_keys(cal, raw, n, out);
+    if (!e) ibid_token_keys(cal, raw, n, out);
     ibid_free(raw);
     return e;
 }
@@ -226,7 +225,7 @@ ibid_err ibid_read_some(const ibid_reader *r, ibid_reading *t, size_t n, size_t 
         if (want_kv) e = ibid_kv_blob_export(r->model, seqs[i], 0, t[i].n, 0, r->kv_type, &t[i].kv);
         if (e || !keys) continue;
         t[i].keys = ibid_alloc(t[i].n * cal->n_heads * cal->head_dim);
-        e = t[i].keys ? take_keys(r, seqs[i], NULL, t[i].n, cal, false, t[i].keys)
+        e = t[i].keys ? take_keys(r, seqs[i], NULL, t[i].n, cal, t[i].keys)
                       : ibid_fail(IBID_NOMEM, "no memory for token keys");
     }
     for (size_t i = 0; i < count; i++) ibid_seq_close(seqs[i]);
@@ -240,12 +239,12 @@ ibid_err ibid_read_question(const ibid_reader *r, const int32_t *tokens, size_t 
     ibid_reading t = {.tokens = tokens, .n = n};
     if (n == 0 || cal->n_heads == 0) return IBID_OK;
     ibid_err e = ibidi_read_batch(r, &t, 1, layers_for_keys(cal), NULL, &s);
-    if (!e) e = take_keys(r, s, NULL, n, cal, true, out);
+    if (!e) e = take_keys(r, s, NULL, n, cal, out);
     ibid_seq_close(s);
     return e;
 }
 
 ibid_err ibid_keys_from_stored(const ibid_reader *r, const ibid_kv_view *layers,
                                const ibid_calibration *cal, int8_t *out) {
-    return take_keys(r, NULL, layers, layers[cal->heads[0].layer].n_tokens, cal, false, out);
+    return take_keys(r, NULL, layers, layers[cal->heads[0].layer].n_tokens, cal, out);
 }

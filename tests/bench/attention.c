@@ -1,12 +1,12 @@
-/* Measures retrieval heads and answers of a model on a SQuAD-layout file, on the engine alone: no store,
- * no rooms. Which wording and which plan serve a model can be compared here in minutes.
+/* Measures retrieval heads and answers of a model on a SQuAD-layout file, on the engine alone: no
+ * store, no rooms. Which wording and which plan serve a model can be compared here in minutes.
  *
  *   bench_attention MODEL.gguf FILE.json heads [QUESTIONS]
- *       calibrates on the built-in sample, then scores the chosen heads, and the best heads there are, on
- *       the file's questions over its paragraphs. Nothing is chosen on them.
- *   bench_attention MODEL.gguf FILE.json answers QUESTIONS BLOCKS SHARE[,SHARE...] [WORDING [MAX_TOKENS]]
- *       answers over the right paragraph and the best wrong ones (by MaxSim), and the share of answers
- *       that contain a gold answer, for each share recomputed.
+ *       calibrates on the built-in sample, then scores the chosen heads, and the best heads there
+ * are, on the file's questions over its paragraphs. Nothing is chosen on them. bench_attention
+ * MODEL.gguf FILE.json answers QUESTIONS BLOCKS SHARE[,SHARE...] [WORDING [MAX_TOKENS]] answers
+ * over the right paragraph and the best wrong ones (by MaxSim), and the share of answers that
+ * contain a gold answer, for each share recomputed.
  */
 #include "attention/attention_internal.h"
 #include "attention/plan/citation.h"
@@ -73,8 +73,7 @@ static void add_paragraph(data *d, const ibid_model *m, const char *title, json_
         ibid_ids q;
         CHECK(ibid_prompt_keys(m, (ibid_str){text, strlen(text)}, &q));
         d->qa[d->n_questions] = qa;
-        d->questions[d->n_questions++] =
-            (ibid_cal_question){.tokens = q.ids, .n = q.n, .chunk = c};
+        d->questions[d->n_questions++] = (ibid_cal_question){.tokens = q.ids, .n = q.n, .chunk = c};
     }
 }
 
@@ -118,8 +117,8 @@ static void open_model(ready *x, const char *path, const ibid_wording *w) {
     CHECK(ibid_engine_open(x->m, &(ibid_engine_opts){0}, &x->e));
     ibid_sched_init(&x->sched);
     CHECK(ibid_prompt_prefix(x->m, w, &x->prefix));
-    CHECK(ibid_read_prefix(x->m, x->e, &x->sched, x->prefix.ids, x->prefix.n, IBID_KV_Q8_0,
-                           &x->kv));
+    CHECK(
+        ibid_read_prefix(x->m, x->e, &x->sched, x->prefix.ids, x->prefix.n, IBID_KV_Q8_0, &x->kv));
     x->r = (ibid_reader){.model = x->m,
                          .engine = x->e,
                          .sched = &x->sched,
@@ -150,21 +149,18 @@ static void heads(ready *x, data *d) {
     ibid_cal_set set = {d->chunks, d->n_chunks, d->questions, d->n_questions};
     CHECK(ibid_cal_bank_open(&x->r, &set, NULL, &b));
     if (c->n_heads) {
-        size_t below = 0;
         CHECK(ibid_cal_bank_score(b, c, &s));
         print_score("calibrated, sample's means", &s);
-        (void)printf("relevant %.3f find %.3f %zu\n", (double)c->relevant, (double)c->find, below);
+        (void)printf("relevant %.3f find %.3f\n", (double)c->relevant, (double)c->find);
         *t = *c;
-        memcpy(t->question_mean, t->mean, sizeof t->mean);
-        CHECK(ibid_cal_bank_score(b, t, &s));
-        print_score("same mean for questions", &s);
         CHECK(ibid_cal_bank_means(b, t));
         CHECK(ibid_cal_bank_score(b, t, &s));
         print_score("this file's means", &s);
     }
     for (size_t h = 0; h < x->m->n_layers * x->m->n_kv_heads; h++) {
         t->n_heads = 1;
-        t->heads[0] = (ibid_head){(uint32_t)(h / x->m->n_kv_heads), (uint32_t)(h % x->m->n_kv_heads)};
+        t->heads[0] =
+            (ibid_head){(uint32_t)(h / x->m->n_kv_heads), (uint32_t)(h % x->m->n_kv_heads)};
         CHECK(ibid_cal_bank_means(b, t));
         CHECK(ibid_cal_bank_score(b, t, &s));
         if (s.recall1 < 0.9) continue;
@@ -299,8 +295,8 @@ static void answers(ready *x, data *d, size_t n_blocks, const char *shares, cons
                                  n_blocks, 3, 300, c, &n_cites));
             cited[s] += n_cites > 0;
             for (size_t k = 0; k < n_cites; k++) {
-                char *quote = strndup(cb[c[k].block].text.s + c[k].start,
-                                      (size_t)(c[k].end - c[k].start));
+                char *quote =
+                    strndup(cb[c[k].block].text.s + c[k].start, (size_t)(c[k].end - c[k].start));
                 bool hit = has_gold(d->qa[q], quote);
                 free(quote);
                 if (!hit) continue;
@@ -318,19 +314,20 @@ static void answers(ready *x, data *d, size_t n_blocks, const char *shares, cons
         ibid_free(ids.ids);
     }
     for (size_t s = 0; s < n_shares; s++)
-        (void)printf("blocks %zu share %.2f: gold in answer %.3f, cited %.3f, gold in a quote %.3f, "
-                     "%.1f tokens, first token %.0f ms (n %zu)\n",
-                     n_blocks, share[s], (double)right[s] / (double)d->n_questions,
-                     (double)cited[s] / (double)d->n_questions,
-                     (double)cited_gold[s] / (double)d->n_questions,
-                     (double)tokens[s] / (double)d->n_questions, first[s] / (double)d->n_questions,
-                     d->n_questions);
+        (void)printf(
+            "blocks %zu share %.2f: gold in answer %.3f, cited %.3f, gold in a quote %.3f, "
+            "%.1f tokens, first token %.0f ms (n %zu)\n",
+            n_blocks, share[s], (double)right[s] / (double)d->n_questions,
+            (double)cited[s] / (double)d->n_questions,
+            (double)cited_gold[s] / (double)d->n_questions,
+            (double)tokens[s] / (double)d->n_questions, first[s] / (double)d->n_questions,
+            d->n_questions);
 }
 
 static const ibid_wording wordings[] = {
     {"You answer questions from the given documents, briefly and in their own words.",
-     "Documents:\n\n", "\n\nQuestion: ", "\nAnswer with the sentence of the documents that says it.",
-     ""},
+     "Documents:\n\n",
+     "\n\nQuestion: ", "\nAnswer with the sentence of the documents that says it.", ""},
     {"You answer questions from the given documents, briefly and in their own words.",
      "Documents:\n\n", "\n\nQuestion: ", "", ""},
     {"You answer questions from the given documents, briefly and in their own words.",
