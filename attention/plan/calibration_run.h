@@ -17,7 +17,7 @@
  * questions are what tells heads that match meaning from heads that match words: on
  * pseudo-questions alone, whose words stand in the chunk in that order, layer 3 looks best.
  * Questions centred by the text's mean do better than by their own. */
-    * /
+* /
 #ifndef IBID_ATTENTION_CALIBRATION_RUN_H
 #define IBID_ATTENTION_CALIBRATION_RUN_H
 
@@ -27,9 +27,8 @@
     /* sample: s NULL = the text built into the program. report (may be NULL): a table for a person.
      * A model without a useful head gives n_heads 0, which is no error. Errors: INVAL (a sample too
      * short to judge: under 16 chunks), NOMEM, CANCELLED. */
-    ibid_err
-    ibid_calibrate(const ibid_reader *r, ibid_str sample, const atomic_bool *cancel,
-                   ibid_calibration *out, ibid_buf *report);
+    ibid_err ibid_calibrate(const ibid_reader *r, ibid_str sample, const atomic_bool *cancel,
+                            ibid_calibration *out, ibid_buf *report);
 
 /* ---- Its parts, for measuring on other questions ---- */
 
