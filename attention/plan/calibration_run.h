@@ -17,7 +17,6 @@
  * questions are what tells heads that match meaning from heads that match words: on
  * pseudo-questions alone, whose words stand in the chunk in that order, layer 3 looks best.
  * Questions centred by the text's mean do better than by their own. */
-* /
 #ifndef IBID_ATTENTION_CALIBRATION_RUN_H
 #define IBID_ATTENTION_CALIBRATION_RUN_H
 
