@@ -47,6 +47,7 @@ int ibidi_each_question(ibid_cli *cli, int (*fn)(void *, ibid_str, json_t *), vo
         int status = one_line(cli, line, number, fn, arg);
         found |= status == 0;
         if (status == 2) worst = 2;
+        if (ferror(stdout)) break; /* nobody reads the answers any more */
     }
     free(line);
     if (f != stdin) (void)fclose(f);
