@@ -327,8 +327,12 @@ static ibid_err settle(ibidi_room *r, ibidi_loaded *m, ibid_str name) {
         e = ibid_fail(IBID_NOMEM, "out of memory");
     } else if (!there) {
         e = adopt_record(snap, &rec, m);
-    } else if (!(e = new_prefix(r, m, r->kv_type, &n_prefix))) {
-        make_reader(m, r->kv_type, n_prefix);
+    } else {
+        /* q8_0 has one scale per 32 values of a head. */
+        ibid_kv_type type = m->model->head_dim % 32 ? IBID_KV_F16 : r->kv_type;
+        if (r->kv_type != IBID_KV_Q8_0) type = r->kv_type;
+        e = new_prefix(r, m, type, &n_prefix);
+        if (!e) make_reader(m, type, n_prefix);
     }
 done:
     ibid_snap_end(snap);

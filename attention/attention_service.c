@@ -7,8 +7,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
-enum { WORKERS = 16, STREAMS = 16, EVENTS = 8192, REPORT_MAX = 4 * 1024 * 1024 };
+enum {
+    WORKERS = 16,
+    STREAMS = 16,
+    EVENTS = 8192,
+    REPORT_MAX = 4 * 1024 * 1024,
+    STORE_WAIT_MS = 20000
+};
 
 /* ---- Reading bodies: the schema has checked presence, types and caps ---- */
 
@@ -296,15 +303,26 @@ static void room_close(void *room) {
     ibid_free(r);
 }
 
+/* At a first start the store's writer may still be about to create it. */
+static ibid_err open_store(const ibid_host_opts *o, ibid_store **out) {
+    char dir[IBID_HOST_PATH_MAX + 16];
+    uint64_t start = ibid_now_ns();
+    (void)snprintf(dir, sizeof dir, "%s/" IBID_STORE_FOLDER, o->data_dir);
+    ibid_store_opts so = {.dir = dir, .readonly = true, .map_size = o->map_size};
+    ibid_err e = ibid_store_open(&so, out);
+    while (e == IBID_NOTFOUND && !o->inproc && ibid_ms_since(start) < STORE_WAIT_MS) {
+        (void)usleep(100000);
+        e = ibid_store_open(&so, out);
+    }
+    return e;
+}
+
 static ibid_err open_parts(ibidi_room *r, const ibid_host_opts *o) {
     char url[IBID_BUS_URL_MAX];
-    char dir[IBID_HOST_PATH_MAX + 16];
     ibid_err e = kv_type_from_environment(&r->kv_type);
     if (!e) e = ibid_bus_url(o->data_dir, "kvstore", o->inproc, url);
     if (!e) e = ibid_client_open(url, &r->kvstore);
-    (void)snprintf(dir, sizeof dir, "%s/" IBID_STORE_FOLDER, o->data_dir);
-    ibid_store_opts so = {.dir = dir, .readonly = true, .map_size = o->map_size};
-    if (!e) e = ibid_store_open(&so, &r->store);
+    if (!e) e = open_store(o, &r->store);
     if (!e) e = ibid_streams_open(STREAMS, EVENTS, &r->streams);
     if (!e) e = ibid_bus_url(o->data_dir, "attention", o->inproc, url);
     ibid_server_opts s = {.url = url,

@@ -5,7 +5,7 @@
 
 #include <string.h>
 
-enum { HELD_MAX = 4096 };
+enum { HELD_MAX = 4096, REPEAT_MIN = 12 /* bytes */ };
 
 double ibid_recompute_auto(size_t n_blocks) {
     return n_blocks > 1 ? 0.15 : 0;
@@ -85,7 +85,7 @@ typedef struct run {
     ibid_asked asked;
     ibid_sampler *sampler;
     ibid_utf8_stream chars;
-    ibid_buf piece;
+    ibid_buf piece; /* whole characters that were not handed on yet */
     float *logits;
     float **mass; /* [1 + n_blocks]: the prefix has none */
 } run;
@@ -144,14 +144,59 @@ static ibid_err step(run *a, int32_t token) {
     return e;
 }
 
-/* Hands on what a token adds to the text. */
-static ibid_err say(run *a, const char *bytes, size_t n, bool end) {
+static bool ends_sentence(char c) {
+    return c == '.' || c == '!' || c == '?' || c == '\n';
+}
+
+static bool is_gap(char c) {
+    return ends_sentence(c) || c == ' ';
+}
+
+/* How the text goes on compared with its own earlier sentences: n bytes from s on, which follow the
+ * end of a sentence. */
+typedef enum likeness { NEW, BEGINS_AS_ONE, SAYS_ONE_AGAIN } likeness;
+
+static likeness compare(const ibid_buf *text, const char *s, size_t n, bool end_of_text) {
+    likeness is = NEW;
+    while (n && is_gap(*s)) s++, n--;
+    if (n == 0) return BEGINS_AS_ONE;
+    for (size_t i = 0; i < text->len;) {
+        while (i < text->len && is_gap(text->data[i])) i++;
+        size_t end = i;
+        while (end < text->len && !ends_sentence(text->data[end])) end++;
+        size_t one = end - i, same = 0;
+        while (same < one && same < n && text->data[i + same] == s[same]) same++;
+        if (same == one && one >= REPEAT_MIN && (n == one ? end_of_text : ends_sentence(s[one])))
+            return SAYS_ONE_AGAIN;
+        if (same == n) is = BEGINS_AS_ONE;
+        i = end;
+    }
+    return is;
+}
+
+static ibid_err hand_on(run *a) {
+    ibid_err e =
+        a->piece.len ? ibid_buf_append(&a->out->text, a->piece.data, a->piece.len) : IBID_OK;
+    if (!e && a->piece.len && a->p->text) e = a->p->text(a->p->arg, a->piece.data, a->piece.len);
     ibid_buf_clear(&a->piece);
+    return e;
+}
+
+/* Hands on what a token adds to the text. A sentence that begins like an earlier one is held back;
+ * if it turns out to be the same one, small models are in a loop: it is dropped, and *over set. */
+static ibid_err say(run *a, const char *bytes, size_t n, bool end, bool *over) {
+    const ibid_buf *text = &a->out->text;
     ibid_err e = ibid_utf8_stream_put(&a->chars, bytes, n, end, &a->piece);
     if (e || a->piece.len == 0) return e;
-    e = ibid_buf_append(&a->out->text, a->piece.data, a->piece.len);
-    if (!e && a->p->text) e = a->p->text(a->p->arg, a->piece.data, a->piece.len);
-    return e;
+    bool at_start =
+        text->len && (ends_sentence(text->data[text->len - 1]) || ends_sentence(a->piece.data[0]));
+    likeness is = at_start ? compare(text, a->piece.data, a->piece.len, end) : NEW;
+    if (is == SAYS_ONE_AGAIN) {
+        ibid_buf_clear(&a->piece);
+        *over = true;
+        return IBID_OK;
+    }
+    return is == BEGINS_AS_ONE && !end ? IBID_OK : hand_on(a);
 }
 
 static ibid_err decode(run *a) {
@@ -159,8 +204,9 @@ static ibid_err decode(run *a) {
     ibid_err e = IBID_OK;
     int32_t token;
     size_t n;
+    bool over = false;
     a->out->finish = "length";
-    while (a->out->completion_tokens < a->p->max_tokens) {
+    while (!over && a->out->completion_tokens < a->p->max_tokens) {
         if ((e = ibid_sampler_pick(a->sampler, a->logits, &token))) return e;
         if (!a->out->first_token_ns) a->out->first_token_ns = ibid_now_ns();
         if (ibid_tokenizer_is_end(t, token)) {
@@ -169,12 +215,14 @@ static ibid_err decode(run *a) {
         }
         a->out->completion_tokens++;
         const char *bytes = ibid_token_bytes(t, token, &n);
-        if (bytes && !ibid_token_is_control(t, token) && (e = say(a, bytes, n, false))) return e;
-        if (a->out->completion_tokens == a->p->max_tokens) break;
+        if (bytes && !ibid_token_is_control(t, token) && (e = say(a, bytes, n, false, &over)))
+            return e;
+        if (over) a->out->finish = "stop";
+        if (over || a->out->completion_tokens == a->p->max_tokens) break;
         if (a->p->tick && (e = a->p->tick(a->p->arg))) return e;
         if ((e = step(a, token))) return e;
     }
-    return say(a, "", 0, true);
+    return say(a, "", 0, true, &over);
 }
 
 ibid_err ibid_answer_run(const ibid_reader *r, const ibid_answer_plan *p, ibid_answered *out) {

@@ -372,10 +372,11 @@ static void set_thresholds(ibid_calibration *c, const ibid_cal_score *s) {
     c->null_sd = (float)s->null_sd;
     c->recall1 = (float)s->recall1;
     c->margin = (float)s->margin;
-    /* What nearly every right chunk reaches; refusing a good answer is the worse mistake. */
-    c->relevant = (float)s->right_low;
-    double strict = s->null_mean + 2 * s->null_sd;
-    c->find = (float)(strict > s->right_middle ? strict : s->right_middle);
+    /* The best of many chunks that have nothing to do with the question still scores null_mean;
+     * what scores two deviations more is hardly ever one of them. A span is judged on its own, not
+     * as the best of many, and shorter text has fewer tokens to match. */
+    c->relevant = (float)(s->null_mean + 2 * s->null_sd);
+    c->find = (float)(s->null_mean + 0.5 * s->null_sd);
 }
 
 static ibid_err choose(const ibid_cal_bank *b, ibid_calibration *c, ibid_buf *report,

@@ -1,3 +1,6 @@
 # Tests of the room, its plans, and a bench of heads and answers on the engine alone.
 add_executable(bench_attention ${CMAKE_CURRENT_LIST_DIR}/../bench/attention.c)
 target_link_libraries(bench_attention PRIVATE ibid_attention PkgConfig::JANSSON ibid_flags m)
+ibid_test(attention.service
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_service.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
+  LIBS ibid_attention TIMEOUT 600)

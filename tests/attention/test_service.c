@@ -1,0 +1,526 @@
+/* The attention room over a real store, hosted in one process: a small random model, and the
+ * default one where it is there. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+
+#include <cmocka.h>
+
+#include "attention/attention.h"
+#include "attention/attention_room.h"
+#include "kvstore/kvstore_client.h"
+#include "kvstore/kvstore_room.h"
+#include "tests/support/gguf_write.h"
+#include "tests/support/test_model.h"
+
+#include <pthread.h>
+
+#define assert_ok(call)                                                                            \
+    do {                                                                                           \
+        ibid_err ok_e = (call);                                                                    \
+        if (ok_e) fail_msg("%s: %s: %s", #call, ibid_err_code(ok_e), ibid_err_detail());           \
+    } while (0)
+
+typedef struct fixture {
+    char data[256], gguf[300];
+    ibid_hosted *hosted;
+    ibid_client *kv, *at;
+    ibid_store *store;
+    ibid_model_info model;
+} fixture;
+
+static void start(fixture *f) {
+    static const ibid_room_vtable *const rooms[] = {&ibid_kvstore_room, &ibid_attention_room};
+    static ibid_host_opts o;
+    char url[IBID_BUS_URL_MAX], dir[300];
+    o = (ibid_host_opts){.log_level = IBID_LOG_ERROR, .threads = 2};
+    (void)snprintf(o.data_dir, sizeof o.data_dir, "%s", f->data);
+    assert_ok(ibid_host_inproc(rooms, 2, &o, &f->hosted));
+    assert_ok(ibid_bus_url(f->data, "kvstore", true, url));
+    assert_ok(ibid_client_open(url, &f->kv));
+    assert_ok(ibid_bus_url(f->data, "attention", true, url));
+    assert_ok(ibid_client_open(url, &f->at));
+    (void)snprintf(dir, sizeof dir, "%s/" IBID_STORE_FOLDER, f->data);
+    assert_ok(ibid_store_open(&(ibid_store_opts){.dir = dir, .readonly = true}, &f->store));
+}
+
+static void stop(fixture *f) {
+    ibid_store_close(f->store);
+    ibid_client_close(f->kv);
+    ibid_client_close(f->at);
+    ibid_hosted_close(f->hosted);
+}
+
+static void make_data(fixture *f) {
+    memset(f, 0, sizeof *f);
+    (void)snprintf(f->data, sizeof f->data, "/tmp/ibid-test-XXXXXX");
+    assert_non_null(mkdtemp(f->data));
+}
+
+static void remove_data(fixture *f) {
+    char command[400];
+    (void)snprintf(command, sizeof command, "rm -rf '%s'", f->data);
+    assert_int_equal(system(command), 0);
+}
+
+static int set_up(void **state) {
+    fixture *f = calloc(1, sizeof *f);
+    ibid_test_gguf spec = ibid_test_gguf_small();
+    spec.n_ctx = 2048;
+    spec.seed = 7;
+    make_data(f);
+    (void)snprintf(f->gguf, sizeof f->gguf, "%s/small.gguf", f->data);
+    assert_ok(ibid_test_write_gguf(f->gguf, &spec));
+    start(f);
+    assert_ok(ibid_attn_model_add(f->at, f->gguf, "small", &f->model));
+    *state = f;
+    return 0;
+}
+
+static int tear_down(void **state) {
+    fixture *f = *state;
+    stop(f);
+    remove_data(f);
+    free(f);
+    return 0;
+}
+
+/* ---- Helpers ---- */
+
+static ibid_str str(const char *s) {
+    return (ibid_str){s, strlen(s)};
+}
+
+typedef struct doc {
+    uint64_t number, blocks[8];
+    size_t n;
+} doc;
+
+/* A document of one chunk per text: the texts joined by line feeds. */
+static doc put_document(fixture *f, const char *id, const char *title, const char *const *texts,
+                        size_t n, ibid_encode_result *r) {
+    doc d = {.n = n};
+    ibid_encode_block b[8];
+    ibid_tokens t[8], head;
+    ibid_chunk chunks[8];
+    char *all = calloc(1, 65536);
+    uint64_t generation, job = 0;
+    (void)ibid_kvc_collection_create(f->kv, str("c"), &f->model.fingerprint);
+    ibid_job j = {.kind = str("index"), .state = str("running")};
+    assert_ok(ibid_kvc_job_put(f->kv, &j, &job));
+    assert_ok(ibid_attn_tokenize(f->at, &f->model.fingerprint, str(title), &head));
+    for (size_t i = 0; i < n; i++) {
+        assert_ok(ibid_attn_tokenize(f->at, &f->model.fingerprint, str(texts[i]), &t[i]));
+        int32_t *ids = calloc(head.n + t[i].n, sizeof *ids);
+        memcpy(ids, head.ids, head.n * sizeof *ids);
+        memcpy(ids + head.n, t[i].ids, t[i].n * sizeof *ids);
+        b[i] = (ibid_encode_block){head.n, head.n + t[i].n, ids};
+        chunks[i] = (ibid_chunk){.start = strlen(all), .locator = str("")};
+        strcat(all, texts[i]);
+        chunks[i].end = strlen(all);
+        strcat(all, "\n");
+    }
+    assert_ok(ibid_attn_encode(f->at, &f->model.fingerprint, job, b, n, d.blocks, r));
+    for (size_t i = 0; i < n; i++) chunks[i].block = d.blocks[i];
+    ibid_document_put p = {.collection = str("c"),
+                           .id = str(id),
+                           .title = str(title),
+                           .state = IBID_DOC_READY,
+                           .text = str(all),
+                           .chunks = chunks,
+                           .n_chunks = n,
+                           .job = job};
+    assert_ok(ibid_kvc_document_put(f->kv, &p, &d.number, &generation));
+    j.id = job;
+    j.state = str("done");
+    assert_ok(ibid_kvc_job_put(f->kv, &j, &job));
+    for (size_t i = 0; i < n; i++) {
+        free((void *)(uintptr_t)b[i].tokens);
+        ibid_free(t[i].ids);
+    }
+    ibid_free(head.ids);
+    free(all);
+    return d;
+}
+
+typedef struct result {
+    char streamed[8192], text[8192], quote[4][512];
+    uint64_t start[4], end[4], document[4];
+    size_t n_citations, n_tokens, stop_after;
+    ibid_answer_event done;
+    char finish[16];
+} result;
+
+static bool on_event(void *arg, const ibid_answer_event *ev) {
+    result *r = arg;
+    if (ev->kind == IBID_ANSWER_TOKEN) {
+        size_t at = strlen(r->streamed);
+        (void)snprintf(r->streamed + at, sizeof r->streamed - at, "%.*s", (int)ev->text.n,
+                       ev->text.s);
+        if (++r->n_tokens == r->stop_after) return false;
+    }
+    if (ev->kind == IBID_ANSWER_DONE) {
+        (void)snprintf(r->text, sizeof r->text, "%.*s", (int)ev->text.n, ev->text.s);
+        (void)snprintf(r->finish, sizeof r->finish, "%s", ev->finish);
+        r->done = *ev;
+        r->n_citations = ev->n_citations < 4 ? ev->n_citations : 4;
+        for (size_t i = 0; i < r->n_citations; i++) {
+            const ibid_citation *c = &ev->citations[i];
+            (void)snprintf(r->quote[i], sizeof r->quote[i], "%.*s", (int)c->quote.n, c->quote.s);
+            r->start[i] = c->start;
+            r->end[i] = c->end;
+            r->document[i] = c->document;
+        }
+    }
+    return true;
+}
+
+static ibid_err ask(fixture *f, const char *question, const doc *d, size_t n, uint32_t max_tokens,
+                    double recompute, result *r) {
+    ibid_answer_block b[8];
+    for (size_t i = 0; i < n; i++)
+        b[i] = (ibid_answer_block){d->number, i, d->blocks[i], 1.0 - 0.1 * (double)i};
+    ibid_answer_request q = {.model = f->model.fingerprint,
+                             .question = str(question),
+                             .blocks = b,
+                             .n_blocks = n,
+                             .recompute = recompute,
+                             .max_tokens = max_tokens};
+    size_t stop_after = r->stop_after;
+    memset(r, 0, sizeof *r);
+    r->stop_after = stop_after;
+    return ibid_attn_answer(f->at, &q, on_event, r);
+}
+
+static const char *const texts[] = {"The red barn stands on the hill near the old mill.",
+                                    "The mill was built in 1846 by two brothers from the coast.",
+                                    "Their sister kept the books and sold the flour."};
+
+/* ---- Models ---- */
+
+static void models(void **state) {
+    fixture *f = *state;
+    ibid_model_info m;
+    char hex[65];
+    assert_string_equal(f->model.name, "small");
+    assert_string_equal(f->model.template_name, "chatml");
+    assert_true(f->model.calibrated);
+    assert_ok(ibid_attn_model_info(f->at, "", &m));
+    assert_memory_equal(&m.fingerprint, &f->model.fingerprint, sizeof m.fingerprint);
+    ibid_hash_hex(&m.fingerprint, hex);
+    assert_ok(ibid_attn_model_info(f->at, hex, &m));
+    assert_ok(ibid_attn_model_info(f->at, "small", &m));
+    assert_int_equal(ibid_attn_model_info(f->at, "large", &m), IBID_NOTFOUND);
+    assert_non_null(strstr(ibid_err_detail(), "small"));
+    assert_int_equal(ibid_attn_model_add(f->at, "/nowhere/x.gguf", "", &m), IBID_NOTFOUND);
+    assert_int_equal(ibid_attn_model_add(f->at, "x.gguf", "", &m), IBID_INVAL);
+    assert_ok(ibid_attn_model_add(f->at, f->gguf, "", &m));
+    assert_string_equal(m.name, "small");
+}
+
+/* A second model does not become the default, and cannot take the first one's name. */
+static void second_model(void **state) {
+    fixture *f = *state;
+    ibid_test_gguf spec = ibid_test_gguf_small();
+    ibid_model_info m;
+    char path[400];
+    spec.n_ctx = 2048;
+    spec.seed = 8;
+    (void)snprintf(path, sizeof path, "%s/other.gguf", f->data);
+    assert_ok(ibid_test_write_gguf(path, &spec));
+    assert_int_equal(ibid_attn_model_add(f->at, path, "small", &m), IBID_EXISTS);
+    assert_ok(ibid_attn_model_add(f->at, path, "other", &m));
+    assert_memory_not_equal(&m.fingerprint, &f->model.fingerprint, sizeof m.fingerprint);
+    stop(f);
+    start(f);
+    assert_ok(ibid_attn_model_info(f->at, "", &m));
+    assert_string_equal(m.name, "small");
+}
+
+static void another_file(void **state) {
+    fixture *f = *state;
+    ibid_test_gguf spec = ibid_test_gguf_small();
+    ibid_model_info m;
+    spec.n_ctx = 2048;
+    spec.seed = 9;
+    stop(f);
+    assert_ok(ibid_test_write_gguf(f->gguf, &spec));
+    start(f);
+    assert_int_equal(ibid_attn_model_info(f->at, "small", &m), IBID_MISMATCH);
+    assert_int_equal(unlink(f->gguf), 0);
+    assert_int_equal(ibid_attn_model_info(f->at, "small", &m), IBID_NOTFOUND);
+}
+
+/* ---- Tokens, blocks, keys ---- */
+
+static void tokenize(void **state) {
+    fixture *f = *state;
+    const char *s = "the thin <|im_end|> caf\xC3\xA9 \xFF";
+    ibid_tokens t;
+    assert_ok(ibid_attn_tokenize(f->at, &f->model.fingerprint, str(s), &t));
+    assert_true(t.n > 5);
+    assert_int_equal(t.ends[t.n - 1], strlen(s));
+    for (size_t i = 0; i < t.n; i++) {
+        assert_true(t.ids[i] > 2); /* control tokens are text here */
+        if (i) assert_true(t.ends[i] > t.ends[i - 1]);
+    }
+    ibid_free(t.ids);
+    assert_ok(ibid_attn_tokenize(f->at, &f->model.fingerprint, str(""), &t));
+    assert_int_equal(t.n, 0);
+    ibid_free(t.ids);
+    ibid_hash wrong = {{1}};
+    assert_int_equal(ibid_attn_tokenize(f->at, &wrong, str("x"), &t), IBID_NOTFOUND);
+}
+
+static void encode_twice(void **state) {
+    fixture *f = *state;
+    ibid_encode_result r;
+    doc a = put_document(f, "a", "Title\n", texts, 3, &r);
+    assert_int_equal(r.encoded_blocks, 3);
+    assert_int_equal(r.reused_tokens, 0);
+    uint64_t tokens = r.encoded_tokens;
+    doc b = put_document(f, "b", "Title\n", texts, 3, &r);
+    assert_int_equal(r.encoded_blocks, 0);
+    assert_int_equal(r.reused_tokens, tokens);
+    assert_memory_equal(a.blocks, b.blocks, sizeof a.blocks[0] * 3);
+    const char *twice[] = {texts[0], "Something else.", "Something else."};
+    doc c = put_document(f, "c", "Title\n", twice, 3, &r);
+    assert_int_equal(r.encoded_blocks, 1);
+    assert_int_equal(c.blocks[0], a.blocks[0]);
+    assert_int_equal(c.blocks[1], c.blocks[2]);
+}
+
+static void bad_blocks(void **state) {
+    fixture *f = *state;
+    int32_t ids[IBID_BLOCK_TOKENS_MAX + 1] = {5, 1000000};
+    uint64_t number;
+    const ibid_hash *m = &f->model.fingerprint;
+    ibid_encode_block b = {0, 2, ids};
+    assert_int_equal(ibid_attn_encode(f->at, m, 0, &b, 1, &number, NULL), IBID_INVAL);
+    b = (ibid_encode_block){0, 0, ids};
+    assert_int_equal(ibid_attn_encode(f->at, m, 0, &b, 1, &number, NULL), IBID_INVAL);
+    b = (ibid_encode_block){3, 1, ids};
+    assert_int_equal(ibid_attn_encode(f->at, m, 0, &b, 1, &number, NULL), IBID_INVAL);
+    b = (ibid_encode_block){0, IBID_BLOCK_TOKENS_MAX + 1, ids};
+    assert_int_not_equal(ibid_attn_encode(f->at, m, 0, &b, 1, &number, NULL), IBID_OK);
+    assert_ok(ibid_attn_encode(f->at, m, 0, NULL, 0, NULL, NULL));
+}
+
+static void question_keys(void **state) {
+    fixture *f = *state;
+    ibid_question_keys k;
+    assert_ok(ibid_attn_question_keys(f->at, &f->model.fingerprint, str("Who built it?"), &k));
+    assert_true(k.n > 3);
+    ibid_free(k.ids);
+    char *longest = malloc(4001);
+    memset(longest, 'x', 4000);
+    longest[4000] = '\0';
+    ibid_err e = ibid_attn_question_keys(f->at, &f->model.fingerprint, str(longest), &k);
+    free(longest);
+    assert_int_equal(e, IBID_CONTEXT);
+}
+
+/* ---- Answers ---- */
+
+static void answer(void **state) {
+    fixture *f = *state;
+    static result r, again;
+    ibid_encode_result enc;
+    doc d = put_document(f, "a", "Title\n", texts, 3, &enc);
+    assert_ok(ask(f, "Who built the mill?", &d, 3, 24, -1, &r));
+    assert_string_equal(r.streamed, r.text);
+    assert_int_equal(r.done.encoded_tokens, 0);
+    assert_true(r.done.completion_tokens <= 24);
+    assert_int_equal(r.done.reused_tokens + r.done.recomputed_tokens, enc.encoded_tokens);
+    assert_true(r.done.prompt_tokens > enc.encoded_tokens);
+    assert_true(r.done.kv_bytes_read > 0);
+    assert_true(r.done.first_token_ms > 0 && r.done.total_ms >= r.done.first_token_ms);
+    assert_ok(ask(f, "Who built the mill?", &d, 3, 24, -1, &again));
+    assert_string_equal(again.text, r.text);
+    assert_ok(ask(f, "Who built the mill?", &d, 3, 24, 1, &again));
+    assert_int_equal(again.done.recomputed_tokens, enc.encoded_tokens);
+    assert_int_equal(again.done.reused_tokens, 0);
+    assert_ok(ask(f, "Who built the mill?", &d, 0, 8, -1, &again));
+    assert_int_equal(again.n_citations, 0);
+    stop(f);
+    start(f);
+    assert_ok(ask(f, "Who built the mill?", &d, 3, 24, -1, &again));
+    assert_string_equal(again.text, r.text);
+    assert_int_equal(again.done.encoded_tokens, 0);
+}
+
+static void context(void **state) {
+    fixture *f = *state;
+    static result r;
+    ibid_encode_result enc;
+    doc d = put_document(f, "a", "Title\n", texts, 1, &enc);
+    assert_int_equal(ask(f, "Who?", &d, 1, 2048, -1, &r), IBID_CONTEXT);
+    assert_non_null(strstr(ibid_err_detail(), "2048"));
+    assert_int_equal(ask(f, "", &d, 1, 8, -1, &r), IBID_INVAL);
+}
+
+static void gone(void **state) {
+    fixture *f = *state;
+    static result r;
+    ibid_encode_result enc;
+    uint64_t generation;
+    doc d = put_document(f, "a", "Title\n", texts, 2, &enc), other = d;
+    other.blocks[0] = 4711;
+    assert_int_equal(ask(f, "Who?", &other, 1, 8, -1, &r), IBID_NOTFOUND);
+    assert_ok(ibid_kvc_document_delete(f->kv, str("c"), str("a"), &generation));
+    assert_int_equal(ask(f, "Who?", &d, 2, 8, -1, &r), IBID_NOTFOUND);
+}
+
+static void wrong_model(void **state) {
+    fixture *f = *state;
+    ibid_test_gguf spec = ibid_test_gguf_small();
+    static result r;
+    ibid_encode_result enc;
+    char path[400];
+    doc d = put_document(f, "a", "Title\n", texts, 1, &enc);
+    spec.n_ctx = 2048;
+    spec.seed = 8;
+    (void)snprintf(path, sizeof path, "%s/other.gguf", f->data);
+    assert_ok(ibid_test_write_gguf(path, &spec));
+    assert_ok(ibid_attn_model_add(f->at, path, "other", &f->model));
+    assert_int_equal(ask(f, "Who?", &d, 1, 8, -1, &r), IBID_MISMATCH);
+}
+
+static void cancel(void **state) {
+    fixture *f = *state;
+    static result r;
+    ibid_encode_result enc;
+    doc d = put_document(f, "a", "Title\n", texts, 3, &enc);
+    r.stop_after = 1;
+    assert_int_equal(ask(f, "Who built the mill?", &d, 3, 1024, 0, &r), IBID_CANCELLED);
+    assert_int_equal(r.n_tokens, 1);
+    r.stop_after = 0;
+    assert_ok(ask(f, "Who built the mill?", &d, 3, 8, 0, &r));
+}
+
+/* KV beyond the budget goes, the answer stays the same, and says what it encoded again. */
+static void evicted(void **state) {
+    fixture *f = *state;
+    static result r, again;
+    ibid_encode_result enc;
+    ibid_collected c;
+    doc d = put_document(f, "a", "Title\n", texts, 3, &enc);
+    assert_ok(ask(f, "Who built the mill?", &d, 3, 16, 0, &r));
+    assert_ok(ibid_kvc_set_budget(f->kv, 1));
+    do assert_ok(ibid_kvc_collect(f->kv, &c));
+    while (c.more);
+    assert_ok(ask(f, "Who built the mill?", &d, 3, 16, 0, &again));
+    assert_string_equal(again.text, r.text);
+    assert_int_equal(again.done.encoded_tokens, enc.encoded_tokens);
+    assert_ok(ibid_kvc_set_budget(f->kv, 0));
+    assert_ok(ask(f, "Who built the mill?", &d, 3, 16, 0, &again));
+    assert_ok(ask(f, "Who built the mill?", &d, 3, 16, 0, &again));
+    assert_string_equal(again.text, r.text);
+    assert_int_equal(again.done.encoded_tokens, 0);
+}
+
+typedef struct asker {
+    fixture *f;
+    doc d;
+    result r;
+    ibid_err e;
+} asker;
+
+static void *ask_thread(void *arg) {
+    asker *a = arg;
+    a->e = ask(a->f, "Who built the mill?", &a->d, 3, 32, 0, &a->r);
+    return NULL;
+}
+
+static void together(void **state) {
+    fixture *f = *state;
+    ibid_encode_result enc;
+    pthread_t t[4];
+    asker *a = calloc(4, sizeof *a);
+    doc d = put_document(f, "a", "Title\n", texts, 3, &enc);
+    for (size_t i = 0; i < 4; i++) {
+        a[i] = (asker){.f = f, .d = d};
+        assert_int_equal(pthread_create(&t[i], NULL, ask_thread, &a[i]), 0);
+    }
+    const char *more[] = {"While they ask, another text is read.", "And one more."};
+    (void)put_document(f, "b", "Title\n", more, 2, &enc);
+    for (size_t i = 0; i < 4; i++) {
+        assert_int_equal(pthread_join(t[i], NULL), 0);
+        assert_int_equal(a[i].e, IBID_OK);
+        assert_string_equal(a[i].r.text, a[0].r.text);
+    }
+    free(a);
+}
+
+static void status(void **state) {
+    fixture *f = *state;
+    ibid_reply r = {0};
+    assert_ok(ibid_attn_status(f->at, &r));
+    assert_int_equal(ibid_val_count(ibid_val_get(r.body, "models")), 1);
+    ibid_reply_close(&r);
+}
+
+/* ---- The default model ---- */
+
+static const char *const facts[] = {
+    "The lighthouse keeper of Skerry Rock was named Halvard Brekke. He lived there for twenty "
+    "years "
+    "with a goat. In winter the boat came only once a month.",
+    "The ferry to the mainland costs four crowns. Children under six travel free.",
+    "The island's only school closed in 1962. Its bell now hangs in the church."};
+
+static void real_model(void **state) {
+    const char *path = ibid_test_model_path();
+    fixture f;
+    static result r, full;
+    ibid_encode_result enc;
+    ibid_question_keys k;
+    (void)state;
+    if (!path) skip();
+    make_data(&f);
+    start(&f);
+    assert_ok(ibid_attn_model_add(f.at, path, "", &f.model));
+    assert_true(f.model.calibrated);
+    assert_ok(ibid_attn_question_keys(f.at, &f.model.fingerprint, str("Who kept the light?"), &k));
+    assert_true(k.dim >= 64);
+    ibid_free(k.ids);
+    doc d = put_document(&f, "skerry", "Skerry Rock\n", facts, 3, &enc);
+    assert_ok(ask(&f, "What was the name of the lighthouse keeper?", &d, 1, 0, -1, &r));
+    print_message("answer: %s\nquote: %s\n", r.text, r.quote[0]);
+    assert_non_null(strstr(r.text, "Halvard Brekke"));
+    assert_true(r.n_citations >= 1);
+    assert_non_null(strstr(r.quote[0], "Halvard Brekke"));
+    assert_int_equal(r.document[0], d.number);
+    assert_int_equal(r.done.encoded_tokens, 0);
+    for (size_t i = 0; i < r.n_citations; i++)
+        assert_memory_equal(r.quote[i], facts[0] + r.start[i], r.end[i] - r.start[i]);
+    assert_ok(ask(&f, "What was the name of the lighthouse keeper?", &d, 1, 0, 1, &full));
+    print_message("recomputed: %s\n", full.text);
+    assert_ok(ask(&f, "What was the name of the lighthouse keeper?", &d, 3, 0, -1, &full));
+    print_message("three blocks: %s\n", full.text);
+    stop(&f);
+    remove_data(&f);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(models, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(second_model, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(another_file, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(tokenize, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(encode_twice, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(bad_blocks, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(question_keys, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(answer, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(context, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(gone, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(wrong_model, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(cancel, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(evicted, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(together, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(status, set_up, tear_down),
+        cmocka_unit_test(real_model),
+    };
+    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    return failed ? 1 : ibid_test_model_exit();
+}
