@@ -4,3 +4,9 @@ target_link_libraries(bench_attention PRIVATE ibid_attention PkgConfig::JANSSON 
 ibid_test(attention.service
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_service.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
   LIBS ibid_attention TIMEOUT 600)
+ibid_test(attention.calibration
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_calibration.c
+  LIBS ibid_calibration)
+ibid_test(attention.citation
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_citation.c
+  LIBS ibid_attention)

@@ -1,149 +1,184 @@
-#include "attention/plan/citation.h"
-
+/* Citations from given texts, tokens and masses; whole characters; answers that loop. */
 #include <setjmp.h>
 #include <stdarg.h>
-#include <stdbool.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include <stddef.h>
 
 #include <cmocka.h>
 
-static ibid_cite_block block(const char *text) {
-    return (ibid_cite_block){.text = text, .n_text = strlen(text)};
+#include "attention/plan/answer.h"
+#include "attention/plan/citation.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static ibid_str str(const char *s) {
+    return (ibid_str){s, strlen(s)};
 }
 
-static size_t choose(const char *answer, const char *question, const ibid_cite_block *b, size_t n,
-                     size_t quotes, size_t bytes, ibid_cite *out) {
-    ibid_cite_options o = {quotes, bytes};
-    size_t n_out = 99;
-    assert_int_equal(
-        ibid_cite_choose(answer, strlen(answer), question, strlen(question), b, n, &o, out, &n_out),
-        IBID_OK);
+static ibid_cite_block whole(const char *text) {
+    return (ibid_cite_block){.text = str(text), .end = strlen(text)};
+}
+
+static size_t find(const char *answer, const char *question, const ibid_cite_block *b, size_t n,
+                   size_t bytes, ibid_cite *out) {
+    size_t n_out = 0;
+    assert_int_equal(ibid_cite_find(str(answer), str(question), b, n, 3, bytes, out, &n_out),
+                     IBID_OK);
+    for (size_t i = 0; i < n_out; i++) {
+        const ibid_cite_block *at = &b[out[i].block];
+        assert_true(out[i].start >= at->start && out[i].end <= at->end);
+        assert_true(out[i].start < out[i].end && out[i].end - out[i].start <= bytes);
+        assert_true((at->text.s[out[i].start] & 0xC0) != 0x80);
+        assert_true(out[i].end == at->text.n || (at->text.s[out[i].end] & 0xC0) != 0x80);
+    }
     return n_out;
 }
 
-static bool quote_is(const ibid_cite_block *b, const ibid_cite *c, const char *text) {
-    return c->end - c->start == strlen(text) &&
-           memcmp(b[c->block].text + c->start, text, strlen(text)) == 0;
+static void assert_quote(const ibid_cite_block *b, const ibid_cite *c, const char *want) {
+    assert_int_equal(c->end - c->start, strlen(want));
+    assert_memory_equal(b[c->block].text.s + c->start, want, strlen(want));
 }
 
-static void test_best_sentence(void **state) {
+static const char *const mill =
+    "The mill stood by Dr. J. Barnes' house. It was built in 1846 by two "
+    "brothers.  Nobody lives there now! \"Sold,\" says a sign.\n\nA new "
+    "paragraph about flour";
+
+static void sentence(void **state) {
+    ibid_cite c[3];
+    ibid_cite_block b[] = {whole("Cats sleep a lot. Dogs do not."), whole(mill)};
     (void)state;
-    ibid_cite_block b[] = {
-        block("The mill was old. It burned in 1804. Nobody was hurt."),
-        block("The tower was built by Ada Quill in 1871. It is 31 metres tall. The sea is near."),
-    };
-    ibid_cite out[3];
-    assert_int_equal(choose("It is 31 metres tall.", "How tall is the tower?", b, 2, 3, 300, out),
-                     1);
-    assert_int_equal(out[0].block, 1);
-    assert_true(quote_is(b, &out[0], "It is 31 metres tall."));
-    assert_int_equal(choose("Ada Quill", "Who built the tower?", b, 2, 3, 300, out), 1);
-    assert_true(quote_is(b, &out[0], "The tower was built by Ada Quill in 1871."));
-    /* Two facts, two places. */
-    assert_int_equal(
-        choose("Ada Quill built it; the mill burned in 1804", "What happened?", b, 2, 3, 300, out),
-        2);
-    assert_true(out[0].weight >= out[1].weight);
-    assert_int_equal(
-        choose("Ada Quill built it; the mill burned in 1804", "What happened?", b, 2, 1, 300, out),
-        1);
+    assert_int_equal(find("In 1846.", "When was the mill built?", b, 2, 300, c), 1);
+    assert_int_equal(c[0].block, 1);
+    assert_quote(b, c, "It was built in 1846 by two brothers.");
+    assert_true(find("The mill stood by the house of Barnes", "Where?", b, 2, 300, c) >= 1);
+    assert_quote(b, c, "The mill stood by Dr. J. Barnes' house.");
+    assert_true(find("FLOUR is in a new paragraph", "What?", b, 2, 300, c) >= 1);
+    assert_quote(b, c, "A new paragraph about flour");
 }
 
-static void test_nothing(void **state) {
+static void nothing(void **state) {
+    ibid_cite c[3];
+    ibid_cite_block b[] = {whole(mill)};
     (void)state;
-    ibid_cite_block b[] = {block("One sentence about herons."), block("")};
-    ibid_cite out[3];
-    assert_int_equal(choose("", "Q?", b, 2, 3, 300, out), 0);
-    assert_int_equal(choose("...", "Q?", b, 2, 3, 300, out), 0);
-    assert_int_equal(choose("completely different words", "Q?", b, 2, 3, 300, out), 0);
-    assert_int_equal(choose("herons", "Q?", b, 0, 3, 300, out), 0);
+    assert_int_equal(find("", "When?", b, 1, 300, c), 0);
+    assert_int_equal(find("Zebras graze quietly", "When?", b, 1, 300, c), 0);
+    assert_int_equal(find("1846", "When?", b, 0, 300, c), 0);
 }
 
-/* Attention decides between two sentences that share the answer's words equally. */
-static void test_attention(void **state) {
+/* The chunk's bounds hold even where a sentence goes on. */
+static void bounds(void **state) {
+    ibid_cite c[3];
+    ibid_cite_block b = whole(mill);
     (void)state;
-    const char *text = "In May the gate was red. In June the gate was red.";
-    uint64_t ends[] = {24, 50};
-    float first[] = {0.9f, 0.1f}, second[] = {0.1f, 0.9f};
-    ibid_cite_block b = block(text);
-    ibid_cite out[3];
+    b.start = 47; /* inside the sentence about 1846 */
+    b.end = 70;
+    assert_int_equal(find("built in 1846", "When?", &b, 1, 300, c), 1);
+    assert_true(c[0].start >= 47 && c[0].end <= 70);
+}
+
+static void long_sentence(void **state) {
+    ibid_cite c[3];
+    char text[4096] = "";
+    (void)state;
+    for (int i = 0; i < 100; i++) strcat(text, "caf\xC3\xA9 na\xC3\xAFve \xE2\x80\x94 ");
+    strcat(text, "the treasure lies under the oak ");
+    for (int i = 0; i < 100; i++) strcat(text, "\xC3\xA9t\xC3\xA9 \xE4\xB8\xAD ");
+    ibid_cite_block b = whole(text);
+    assert_int_equal(find("The treasure lies under the oak", "Where?", &b, 1, 120, c), 1);
+    char quote[121] = "";
+    memcpy(quote, text + c[0].start, c[0].end - c[0].start);
+    assert_non_null(strstr(quote, "treasure lies under the oak"));
+    for (size_t bytes = 1; bytes < 40; bytes++)
+        (void)find("The treasure lies under the oak", "Where?", &b, 1, bytes, c);
+}
+
+/* Where words do not decide, attention does. */
+static void mass(void **state) {
+    ibid_cite c[3];
+    const char *text = "Blue is cold. Blue is calm.";
+    ibid_cite_block b = whole(text);
+    uint64_t ends[] = {13, 27};
+    float m[] = {0.1f, 0.9f};
+    (void)state;
+    b.token_ends = ends;
+    b.mass = m;
     b.n_tokens = 2;
-    b.ends = ends;
-    b.mass = first;
-    assert_int_equal(choose("red", "Which colour?", &b, 1, 3, 300, out), 1);
-    assert_int_equal(out[0].start, 0);
-    b.mass = second;
-    assert_int_equal(choose("red", "Which colour?", &b, 1, 3, 300, out), 1);
-    assert_int_equal(out[0].start, 25);
+    assert_int_equal(find("Blue.", "Which?", &b, 1, 300, c), 1);
+    assert_quote(&b, c, "Blue is calm.");
+    m[0] = 2;
+    assert_int_equal(find("Blue.", "Which?", &b, 1, 300, c), 1);
+    assert_quote(&b, c, "Blue is cold.");
 }
 
-static void test_long_sentence_is_cut(void **state) {
+static void two_sources(void **state) {
+    ibid_cite c[3];
+    ibid_cite_block b[] = {whole("Ada wrote the notes in Paris. It rained."),
+                           whole("Brun printed a map in Lisbon. It was dry.")};
     (void)state;
-    char text[2000] = "";
-    for (int i = 0; i < 60; i++) strcat(text, "caf\xC3\xA9 na\xC3\xAFve ");
-    strcat(text, "the password was swordfish and ");
-    for (int i = 0; i < 40; i++) strcat(text, "\xE6\x97\xA5\xE6\x9C\xAC\xE8\xAA\x9E ");
-    ibid_cite_block b = block(text);
-    ibid_cite out[3];
-    for (size_t limit = 10; limit < 300; limit += 7) {
-        assert_int_equal(choose("swordfish", "What was the password?", &b, 1, 1, limit, out), 1);
-        assert_true(out[0].end - out[0].start <= limit);
-        assert_true((text[out[0].start] & 0xC0) != 0x80 && (text[out[0].end] & 0xC0) != 0x80);
-        char quote[400] = "";
-        memcpy(quote, text + out[0].start, out[0].end - out[0].start);
-        assert_non_null(strstr(quote, "swordfish"));
-    }
+    assert_int_equal(find("Ada wrote the notes, and Brun printed a map.", "Who?", b, 2, 300, c), 2);
+    assert_int_not_equal(c[0].block, c[1].block);
 }
 
-static void test_sentence_ends(void **state) {
+static void token_ends(void **state) {
+    const char *text = "xx caf\xC3\xA9\x01 au lait";
+    ibid_str pieces[] = {{"caf\xC3", 4}, {"\xA9", 1}, {" au", 3}, {" lait", 5}};
+    uint64_t ends[4];
     (void)state;
-    const char *t = "J. R. Smith paid 3.5 crowns. He said \"no.\" Then\nleft\n\nHeading";
-    size_t a = ibid_sentence_end(t, strlen(t), 0);
-    assert_int_equal(a, strlen("J. R. Smith paid 3.5 crowns."));
-    size_t b = ibid_sentence_end(t, strlen(t), a + 1);
-    assert_memory_equal(t + b - 5, "\"no.\"" + 0, 5);
-    size_t c = ibid_sentence_end(t, strlen(t), b + 1);
-    assert_memory_equal(t + c - 4, "left", 4);
-    assert_int_equal(ibid_sentence_end(t, strlen(t), c + 2), strlen(t));
+    ibid_cite_token_ends(str(text), 3, strlen(text), pieces, 4, ends);
+    assert_int_equal(ends[0], 7);
+    assert_int_equal(ends[1], 8);
+    assert_int_equal(ends[2], 12); /* past the byte that has no token */
+    assert_int_equal(ends[3], strlen(text));
 }
 
-/* Random texts and answers: quotes always lie inside, on character boundaries, within the limits.
- */
-static void test_random(void **state) {
+/* Random texts, answers made of pieces of them: bounds and characters hold (checked in find). */
+static void random_texts(void **state) {
+    static const char *const bits[] = {
+        "a",     " ",  ".",    "\n",        "1846",         "\xC3\xA9", "\xF0\x9F\x98\x80",
+        "word ", "! ", "\xFF", "The end. ", "\xE4\xB8\xAD", "\"",       ")"};
+    uint64_t seed = 20240601;
+    ibid_cite c[3];
     (void)state;
-    static const char *const piece[] = {
-        "a", " ", ". ", "\n\n", "\xC3\xA9", "tower", "31", "\xF0\x9F\x98\x80", "? ", "Wren ", "\""};
-    unsigned seed = 20260101;
-    printf("seed %u\n", seed);
-    for (int round = 0; round < 2000; round++) {
-        char text[2][600] = {"", ""}, answer[200] = "";
-        for (int t = 0; t < 2; t++)
-            for (int i = rand_r(&seed) % 100; i > 0; i--)
-                strcat(text[t], piece[(size_t)rand_r(&seed) % 11]);
-        for (int i = rand_r(&seed) % 20; i > 0; i--)
-            strcat(answer, piece[(size_t)rand_r(&seed) % 11]);
-        ibid_cite_block b[] = {block(text[0]), block(text[1])};
-        ibid_cite out[3];
-        size_t limit = 5 + (size_t)rand_r(&seed) % 60,
-               n = choose(answer, "tower", b, 2, 3, limit, out);
-        assert_true(n <= 3);
-        for (size_t i = 0; i < n; i++) {
-            const ibid_cite_block *x = &b[out[i].block];
-            assert_true(out[i].start < out[i].end && out[i].end <= x->n_text);
-            assert_true(out[i].end - out[i].start <= limit);
-            assert_true((x->text[out[i].start] & 0xC0) != 0x80);
-            assert_true(out[i].end == x->n_text || (x->text[out[i].end] & 0xC0) != 0x80);
+    print_message("seed %llu\n", (unsigned long long)seed);
+    for (int round = 0; round < 3000; round++) {
+        char text[600] = "", answer[200] = "";
+        for (int i = 0; i < 60; i++) {
+            seed = seed * UINT64_C(6364136223846793005) + 1442695040888963407u;
+            const char *bit = bits[(seed >> 33) % 14];
+            strcat(text, bit);
+            if ((seed >> 50) % 5 == 0) strcat(answer, bit);
         }
+        ibid_cite_block b = whole(text);
+        /* A chunk starts and ends at characters. */
+        (void)find(answer, "word", &b, 1, 1 + (seed >> 40) % 60, c);
     }
+}
+
+static void characters(void **state) {
+    const char *text = "  caf\xC3\xA9 \xE4\xB8\xAD\xFFx  ";
+    ibid_utf8_stream s;
+    ibid_buf out;
+    (void)state;
+    ibid_utf8_stream_init(&s);
+    ibid_buf_init(&out, 1000);
+    for (size_t i = 0; text[i]; i++) {
+        assert_int_equal(ibid_utf8_stream_put(&s, text + i, 1, false, &out), IBID_OK);
+        assert_true(out.len == 0 || (unsigned char)out.data[out.len - 1] != 0xC3);
+    }
+    assert_int_equal(ibid_utf8_stream_put(&s, "\xE4\xB8", 2, true, &out), IBID_OK);
+    assert_string_equal(out.data, "caf\xC3\xA9 \xE4\xB8\xAD\xEF\xBF\xBDx  \xEF\xBF\xBD");
+    ibid_buf_fini(&out);
+    ibid_utf8_stream_fini(&s);
 }
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_best_sentence), cmocka_unit_test(test_nothing),
-        cmocka_unit_test(test_attention),     cmocka_unit_test(test_long_sentence_is_cut),
-        cmocka_unit_test(test_sentence_ends), cmocka_unit_test(test_random),
+        cmocka_unit_test(sentence),   cmocka_unit_test(nothing),
+        cmocka_unit_test(bounds),     cmocka_unit_test(long_sentence),
+        cmocka_unit_test(mass),       cmocka_unit_test(two_sources),
+        cmocka_unit_test(token_ends), cmocka_unit_test(random_texts),
+        cmocka_unit_test(characters),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests(tests, NULL, NULL) ? 1 : 0;
 }
