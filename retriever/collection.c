@@ -314,7 +314,12 @@ static ibid_err lexical_step(ibidi_collection *c, ibid_snap *snap, uint64_t to) 
 
 ibid_err ibidi_collection_catch_up(ibidi_collection *c, ibid_snap *snap, bool *moved) {
     ibid_err e = IBID_OK;
+    uint64_t have = c->loaded ? c->generation : 0;
     *moved = false;
+    if (c->lexical && ibidi_lexical_generation(c->lexical) > have)
+        have = ibidi_lexical_generation(c->lexical);
+    /* Another thread went further while this snapshot waited for the lock. */
+    if (have > ibid_snap_generation(snap)) e = ibid_snap_renew(snap);
     /* Work on a large collection renews the snapshot, so its generation may have moved: again. */
     for (int i = 0; i < 16 && !e; i++) {
         uint64_t to = ibid_snap_generation(snap);

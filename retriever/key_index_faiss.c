@@ -171,6 +171,20 @@ static void choose_kind(ibidi_keyindex *x, uint64_t rows, size_t *sample) {
         snprintf(x->kind, sizeof x->kind, "Flat");
 }
 
+/* SQ8 keeps each dimension's range as seen in training; keys lie in [-1, 1], and blocks added later
+ * may go further than the sample did. */
+static ibid_err whole_range(float **rows, size_t *n, size_t dim) {
+    float *more = ibid_realloc(*rows, (*n + 2) * dim * sizeof *more);
+    if (!more) return ibid_fail(IBID_NOMEM, "out of memory for training rows");
+    for (size_t i = 0; i < dim; i++) {
+        more[*n * dim + i] = -1;
+        more[(*n + 1) * dim + i] = 1;
+    }
+    *rows = more;
+    *n += 2;
+    return IBID_OK;
+}
+
 /* Rows of every step-th block, spread over the whole collection. */
 static ibid_err train(ibidi_keyindex *x, ibid_snap *snap, const ibidi_view *view, size_t sample) {
     size_t step = view->tokens / sample + 1, n = 0, room = 0, dim = x->stamp.dim;
@@ -193,6 +207,7 @@ static ibid_err train(ibidi_keyindex *x, ibid_snap *snap, const ibidi_view *view
         to_float(k.data, k.n_tokens * dim, rows + n * dim);
         n += k.n_tokens;
     }
+    if (!e && strcmp(x->kind, "SQ8") == 0) e = whole_range(&rows, &n, dim);
     if (!e) {
         use_threads(x->opts.threads);
         e = faiss_failed(faiss_Index_train(x->index, (idx_t)n, rows), "train");
@@ -371,12 +386,13 @@ ibid_err ibidi_keyindex_candidates(const ibidi_keyindex *x, const ibidi_asking *
     return e;
 }
 
-ibid_err ibidi_keyindex_compare(ibidi_keyindex *x, ibid_snap *snap, size_t step, double *worst) {
+ibid_err ibidi_keyindex_compare(ibidi_keyindex *x, ibid_snap *snap, size_t step, double *mean) {
     size_t dim = x->stamp.dim;
     float *have = ibid_alloc(dim * sizeof *have);
     ibid_err e = have ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory");
     FaissIndexIVF *ivf = faiss_IndexIVF_cast(x->index);
-    *worst = 0;
+    size_t count = 0;
+    *mean = 0;
     if (!e && ivf) e = faiss_failed(faiss_IndexIVF_make_direct_map(ivf, 1), "map its rows");
     for (size_t i = 0; i < x->n_spans && !e; i += step) {
         ibid_keys k;
@@ -386,9 +402,10 @@ ibid_err ibidi_keyindex_compare(ibidi_keyindex *x, ibid_snap *snap, size_t step,
             e = faiss_failed(faiss_Index_reconstruct(x->index, (idx_t)(x->spans[i].row + j), have),
                              "read a row");
             for (size_t d = 0; d < dim && !e; d++)
-                *worst = fmax(*worst, fabs((double)have[d] - k.data[j * dim + d] / 127.0));
+                *mean += fabs((double)have[d] - k.data[j * dim + d] / 127.0), count++;
         }
     }
+    if (count) *mean /= (double)count;
     if (ivf) faiss_IndexIVF_make_direct_map(ivf, 0);
     ibid_free(have);
     return e;

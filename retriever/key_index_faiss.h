@@ -70,6 +70,7 @@ const char *ibidi_keyindex_kind(const ibidi_keyindex *x); /* "Flat", "SQ8", "IVF
 ibid_err ibidi_keyindex_candidates(const ibidi_keyindex *x, const ibidi_asking *q,
                                    const ibidi_view *view, size_t k, uint64_t *blocks, size_t max,
                                    size_t *n, bool *all);
-/* The largest |stored - indexed| over every `step`-th block's rows (verify). */
-ibid_err ibidi_keyindex_compare(ibidi_keyindex *x, ibid_snap *snap, size_t step, double *worst);
+/* The mean |stored - indexed| over every `step`-th block's rows (verify): half a step of a 1/127
+ * grid at most, where rows stand for the tokens they should. */
+ibid_err ibidi_keyindex_compare(ibidi_keyindex *x, ibid_snap *snap, size_t step, double *mean);
 #endif

@@ -594,6 +594,7 @@ static void test_threads(void **state) {
     }
     print_message("%d searches\n", x[0].searches + x[1].searches);
     assert_ok(ibidi_retriever_verify(r, &b, &faults));
+    if (faults) print_error("%s", b.data);
     assert_int_equal(faults, 0);
     ibidi_retriever_close(r);
     ibid_buf_fini(&b);
