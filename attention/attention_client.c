@@ -8,6 +8,7 @@ enum {
     ADD_MS = 30 * 60 * 1000,
     ENCODE_MS = 10 * 60 * 1000,
     NEXT_MS = 20 * 1000,
+    NEXT_WAITS = 90, /* half an hour without an event */
     TEXT_MAX = 32 * 1024 * 1024
 };
 
@@ -308,6 +309,7 @@ ibid_err ibid_attn_answer(ibid_client *c, const ibid_answer_request *q,
     ibid_reply r = {0};
     uint64_t stream, seq = 0;
     bool last = false;
+    size_t waits = 0;
     begin(&e);
     put_question(&e, q);
     ibid_err err = call(c, "attention.answer", &e, 0, &r);
@@ -321,10 +323,11 @@ ibid_err ibid_attn_answer(ibid_client *c, const ibid_answer_request *q,
         ibid_enc_u64(&e, "seq", seq);
         err = call(c, "attention.next", &e, NEXT_MS, &r);
         if (err == IBID_TIMEOUT) { /* nothing yet: ask again for the same one */
-            err = IBID_OK;
+            err = ++waits < NEXT_WAITS ? IBID_OK : err;
             continue;
         }
         if (err) break;
+        waits = 0;
         last = ibid_get_bool(r.body, "last", false);
         err = hand_on(ibid_val_get(r.body, "event"), on_event, arg);
         if (err == IBID_CANCELLED && !last) cancel(c, stream);

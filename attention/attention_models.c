@@ -339,6 +339,19 @@ done:
     return e;
 }
 
+/* The same model from another place: that is where it will be opened next time. */
+static ibid_err move_file(ibidi_room *r, ibidi_loaded *m, const char *path) {
+    if (strcmp(m->path, path) == 0) return IBID_OK;
+    char *copy = ibid_strdup(path);
+    if (!copy) return ibid_fail(IBID_NOMEM, "out of memory");
+    (void)pthread_mutex_lock(&m->lock);
+    char *old = m->path;
+    m->path = copy;
+    (void)pthread_mutex_unlock(&m->lock);
+    ibid_free(old);
+    return put_record(r, m);
+}
+
 ibid_err ibidi_model_add(ibidi_room *r, ibid_str path, ibid_str name, ibidi_loaded **out) {
     ibidi_loaded *m = NULL, *have = NULL;
     char hex[65];
@@ -348,8 +361,8 @@ ibid_err ibidi_model_add(ibidi_room *r, ibid_str path, ibid_str name, ibidi_load
                      : ibid_fail(IBID_INVAL, "a model's path is absolute, not \"%.*s\"",
                                  (int)path.n, path.s);
     if (!e && (have = find_loaded(r, &m->model->fingerprint))) {
+        e = move_file(r, have, m->path);
         loaded_close(m);
-        m = NULL;
         goto done;
     }
     if (!e) e = settle(r, m, name);

@@ -47,12 +47,12 @@ static void put_info(ibid_enc *e, ibidi_loaded *m) {
     for (size_t l = 0; l < x->n_layers; l++) kv += ibid_kv_view_bytes(&m->prefix_kv.layers[l]);
     (void)pthread_mutex_lock(&m->lock);
     bool calibrated = m->calibrated;
-    (void)pthread_mutex_unlock(&m->lock);
     ibid_enc_map(e, "model");
     ibid_enc_bin(e, "fingerprint", x->fingerprint.b, sizeof x->fingerprint.b);
     ibid_enc_cstr(e, "name", m->name);
     ibid_enc_cstr(e, "arch", "llama");
     ibid_enc_cstr(e, "path", m->path);
+    (void)pthread_mutex_unlock(&m->lock);
     ibid_enc_cstr(e, "template", x->chat ? x->chat->name : "none");
     ibid_enc_u64(e, "n_layers", x->n_layers);
     ibid_enc_u64(e, "n_heads", x->n_heads);

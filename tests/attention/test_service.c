@@ -311,6 +311,7 @@ static void question_keys(void **state) {
     ibid_question_keys k;
     assert_ok(ibid_attn_question_keys(f->at, &f->model.fingerprint, str("Who built it?"), &k));
     assert_true(k.n > 3);
+    assert_int_equal(k.dim, 0); /* heads of 16 give no token keys */
     ibid_free(k.ids);
     char *longest = malloc(4001);
     memset(longest, 'x', 4000);
@@ -452,6 +453,60 @@ static void together(void **state) {
     free(a);
 }
 
+static ibid_hash keys_of(fixture *f, uint64_t block, size_t *dim) {
+    ibid_snap *s = NULL;
+    ibid_keys k;
+    assert_ok(ibid_snap_begin(f->store, &s));
+    assert_ok(ibid_snap_keys(s, block, &k));
+    ibid_hash id = k.calibration;
+    *dim = k.dim;
+    ibid_snap_end(s);
+    return id;
+}
+
+/* Another sample gives another calibration; the keys of every block follow, of evicted ones too. */
+static void recalibrate(fixture *f) {
+    ibid_encode_result enc;
+    ibid_question_keys q;
+    ibid_collected c;
+    ibid_buf report, sample;
+    size_t dim;
+    doc d = put_document(f, "a", "Title\n", texts, 2, &enc);
+    ibid_buf_init(&report, 1 << 20);
+    ibid_buf_init(&sample, 1 << 20);
+    assert_ok(ibid_attn_question_keys(f->at, &f->model.fingerprint, str("Who?"), &q));
+    assert_true(q.dim >= 32);
+    ibid_hash first = q.calibration, id = keys_of(f, d.blocks[0], &dim);
+    assert_memory_equal(&first, &id, sizeof id);
+    assert_int_equal(dim, q.dim);
+    ibid_free(q.ids);
+    assert_ok(ibid_kvc_set_budget(f->kv, 1));
+    do assert_ok(ibid_kvc_collect(f->kv, &c));
+    while (c.more);
+    const char *more[] = {"Another text, kept.", "And yet another."};
+    assert_ok(ibid_kvc_set_budget(f->kv, 0));
+    doc kept = put_document(f, "b", "Title\n", more, 2, &enc);
+    assert_int_equal(ibid_attn_calibrate(f->at, "", str("Too short."), &report), IBID_INVAL);
+    for (int i = 0; i < 40; i++)
+        assert_ok(
+            ibid_buf_printf(&sample,
+                            "House number %d has %d rooms and a garden with %d old trees. Its "
+                            "owner paid %d crowns for it and has lived there since %d.\n\n",
+                            i * 7, i * 3 + 1, i * 5 + 2, i * 131 + 77, 1900 + i));
+    assert_ok(ibid_attn_calibrate(f->at, "", (ibid_str){sample.data, sample.len}, &report));
+    assert_ok(ibid_attn_question_keys(f->at, &f->model.fingerprint, str("Who?"), &q));
+    assert_memory_not_equal(&first, &q.calibration, sizeof first);
+    uint64_t blocks[] = {d.blocks[0], d.blocks[1], kept.blocks[0], kept.blocks[1]};
+    for (size_t i = 0; i < 4; i++) {
+        id = keys_of(f, blocks[i], &dim);
+        assert_memory_equal(&id, &q.calibration, sizeof id);
+        assert_int_equal(dim, q.dim);
+    }
+    ibid_free(q.ids);
+    ibid_buf_fini(&report);
+    ibid_buf_fini(&sample);
+}
+
 static void status(void **state) {
     fixture *f = *state;
     ibid_reply r = {0};
@@ -498,6 +553,7 @@ static void real_model(void **state) {
     print_message("recomputed: %s\n", full.text);
     assert_ok(ask(&f, "What was the name of the lighthouse keeper?", &d, 3, 0, -1, &full));
     print_message("three blocks: %s\n", full.text);
+    recalibrate(&f);
     stop(&f);
     remove_data(&f);
 }
