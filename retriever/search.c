@@ -16,6 +16,7 @@ enum {
     DEPTH = 200,          /* documents wanted of each search before fusion, besides 4 * top */
     ROWS_PER_TOKEN = 512, /* nearest rows asked of the key index for a question token */
     CANDIDATE_BLOCKS = 2000,
+    CHUNKS_EACH = 8,
     QUESTION_MAX = 1 << 20
 };
 /* Weight of the keys in the fused score. */
@@ -97,8 +98,10 @@ typedef struct gather {
     map doc_map, cand_map;
     ibidi_candidate *cands;
     size_t n, room;
-    size_t wanted;     /* passing documents (or chunks) per source */
+    size_t wanted;     /* passing documents (or chunks) per source, for a fair fusion */
+    size_t needed;     /* and at least, where the collection has that many */
     size_t counted[2]; /* so far, of keys and of words */
+    size_t taken[2];   /* chunks so far */
     bool lexical_all;
     ibid_arena *arena;
 } gather;
@@ -206,12 +209,19 @@ static ibid_err candidate(gather *g, doc *d, uint64_t chunk, uint64_t block, int
     }
     if (g->q->chunks || !(d->seen & 1u << source)) g->counted[source]++;
     d->seen |= (uint8_t)(1u << source);
+    g->taken[source]++;
     *out = &g->cands[at];
     return e;
 }
 
+static bool served(const gather *g, int source) {
+    return !g->q->n_filters && g->counted[source] >= g->needed;
+}
+
+/* A few long documents never make up the number: many of their chunks do. */
 static bool enough(const gather *g, int source) {
-    return g->counted[source] >= g->wanted;
+    return g->counted[source] >= g->wanted ||
+           (served(g, source) && g->taken[source] >= CHUNKS_EACH * g->wanted);
 }
 
 /* ---- Words ---- */
@@ -366,7 +376,8 @@ static ibid_err search_index(gather *g) {
     ibid_err e = IBID_OK;
     bool all = false;
     size_t k = ROWS_PER_TOKEN, max = CANDIDATE_BLOCKS;
-    for (int i = 0; i < 3 && !e && !all && !enough(g, FROM_KEYS); i++, k *= 4, max *= 4) {
+    for (int i = 0; i < 3 && !e && !all && !served(g, FROM_KEYS) && !enough(g, FROM_KEYS);
+         i++, k *= 4, max *= 4) {
         uint64_t *blocks = NULL;
         block_score *s = NULL;
         size_t n = 0, m = 0;
@@ -510,6 +521,7 @@ ibid_err ibidi_retriever_search(ibidi_retriever *r, const ibid_search_request *q
     *out = (ibidi_found){.n = 0};
     if (top > TOP_MAX) top = TOP_MAX;
     g.wanted = DEPTH + 4 * top;
+    g.needed = top;
     ibid_err e = check(q);
     if (!e) e = ibid_arena_open((size_t)1 << 30, &out->arena);
     if (!e) e = ibid_arena_open((size_t)1 << 30, &g.arena);
@@ -517,6 +529,8 @@ ibid_err ibidi_retriever_search(ibidi_retriever *r, const ibid_search_request *q
     if (!e) e = find_collection(snap, q->collection, &c);
     if (!e) e = ibidi_engine_acquire(r, &c, &g.c);
     if (e) goto done;
+    if (g.needed > (q->chunks ? c.chunks : c.documents))
+        g.needed = (size_t)(q->chunks ? c.chunks : c.documents);
     ibid_snap_end(snap); /* the attention room may take a while; hold no snapshot meanwhile */
     snap = NULL;
     asked = ibid_now_ns();
