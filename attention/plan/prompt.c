@@ -6,11 +6,15 @@
 
 enum { PREFIX_LAYOUT = 1, QUESTION_MAX = 1024 * 1024 };
 
+/* Of the wordings tried on XQuAD with the default model (one block, 60 questions, 64 tokens) the
+ * one with the most gold answers in the reply (48 %; "Documents: ... Question: ..." with a demand
+ * for a sentence of the documents 45 %, for one in their words 47 %) and in the quotes (78 %, 72 %,
+ * 72 %). */
 const ibid_wording ibid_wording_default = {
-    .system = "You answer questions from the given documents, briefly and in their own words.",
-    .lead_in = "Documents:\n\n",
-    .ask = "\n\nQuestion: ",
-    .answer = "\nAnswer with the sentence of the documents that says it.",
+    .system = "You are a helpful assistant.",
+    .lead_in = "Read this text.\n\n",
+    .ask = "\n\nQuote the sentence of the text that answers this question: ",
+    .answer = "",
     .reply = "",
 };
 
