@@ -14,10 +14,13 @@ static void *need(size_t n, size_t size) {
     return p;
 }
 
+/* IEEE 754 binary16, by its definition; clang 14 has no _Float16 on this target. */
 static double half_at(const uint8_t *p) {
-    _Float16 h;
-    memcpy(&h, p, sizeof h);
-    return (double)h;
+    unsigned bits = (unsigned)p[0] | (unsigned)p[1] << 8;
+    int exponent = (int)(bits >> 10 & 31);
+    double fraction = (double)(bits & 1023) / 1024, sign = bits >> 15 ? -1 : 1;
+    if (exponent == 31) return fraction > 0 ? (double)NAN : sign * (double)INFINITY;
+    return sign * (exponent ? ldexp(1 + fraction, exponent - 15) : ldexp(fraction, -14));
 }
 
 /* Weight (row, col), by ggml's block layouts. */
