@@ -41,7 +41,9 @@ enum { IBID_ANSWER_TEXT_MAX = 4 * 1024 * 1024 };
  * no white space, in the pieces as in the whole. Errors: CONTEXT, CANCELLED, those of tick and
  * text. */
 ibid_err ibid_answer_run(const ibid_reader *r, const ibid_answer_plan *p, ibid_answered *out);
-/* Share that `auto` stands for. */
+/* Share that `auto` stands for: one block is exact as it is stored. With three, XQuAD answers of
+ * the default model (50 questions) hold the gold answer for 38 % at a share of 0.15, 40 % at 0.3,
+ * 46 % at 0.5 and 44 % at 1. */
 double ibid_recompute_auto(size_t n_blocks);
 
 /* Turns bytes of tokens into whole characters. Bytes that are no UTF-8 become U+FFFD. Leading white
