@@ -8,7 +8,7 @@
 enum { HELD_MAX = 4096, REPEAT_MIN = 12 /* bytes */ };
 
 double ibid_recompute_auto(size_t n_blocks) {
-    return n_blocks > 1 ? 0.5 : 0;
+    return n_blocks <= 1 ? 0 : n_blocks == 2 ? 0.15 : 0.5;
 }
 
 /* ---- Characters ---- */
