@@ -173,7 +173,7 @@ ibid_err ibidi_occurrences(ibid_str text, ibid_str query, size_t max, ibidi_occu
     while (q.n && q.v[q.n - 1].c == ' ') q.n--;
     size_t lead = 0;
     while (lead < q.n && q.v[lead].c == ' ') lead++;
-    items body = {q.v + lead, q.n - lead, 0};
+    items body = {q.n ? q.v + lead : NULL, q.n - lead, 0};
     if (!e && body.n) e = scan(text, query, &body, &f);
     ibid_free(q.v);
     if (e) {
