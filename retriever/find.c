@@ -215,9 +215,9 @@ static int best_span(const void *a, const void *b) {
 
 /* Overlapping semantic spans become one with the better score; then best first. */
 static void merge(finder *f) {
-    span *s = f->spans + f->n_exact;
     size_t n = f->n - f->n_exact, kept = 0;
     if (!n) return;
+    span *s = f->spans + f->n_exact;
     qsort(s, n, sizeof *s, by_place);
     for (size_t i = 0; i < n; i++) {
         if (kept && s[i].start < s[kept - 1].end) {

@@ -23,7 +23,8 @@ enum {
  * recall@1 is 0.954 by words alone, 0.957 by keys alone, 0.964, 0.968, 0.972, 0.970, 0.964 at 0.4
  * to 0.8: flat around the middle, so the middle it is. */
 #define KEYS_WEIGHT 0.5
-/* Without keys: share of the question's word weight the best hit must hold to be relevant. */
+/* Where keys do not decide it: share of the question's word weight the best hit must hold to be
+ * relevant. */
 #define LEXICAL_RELEVANT 0.5
 
 /* ---- A map of u64 to an index ---- */
@@ -463,10 +464,9 @@ static ibid_err judge(gather *g, ibidi_found *out) {
     double best = 0, share = 0;
     if (!out->n) return IBID_OK;
     for (size_t i = 0; i < out->n; i++) best = fmax(best, out->hits[i].keys);
-    if (g->question->usable && best > 0 && ibidi_engine_calibration(g->snap, &g->c->model, &cal)) {
+    if (g->question->usable && best > 0 && ibidi_engine_calibration(g->snap, &g->c->model, &cal))
         out->relevant = best >= (double)cal.relevant;
-        return IBID_OK;
-    }
+    if (out->relevant) return IBID_OK;
     ibid_err e = ibidi_lexical_share(g->c->lexical, g->q->question, out->hits[0].title,
                                      out->hits[0].text, &share);
     out->relevant = share >= LEXICAL_RELEVANT;

@@ -1,5 +1,6 @@
 #include "indexer/extract/child.h"
 #include "rpc/base/clock.h"
+#include "rpc/base/sanitized.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -28,18 +29,6 @@ struct ibid_extraction {
     char said[STDERR_KEPT + 1];
     size_t n_said;
 };
-
-#if defined(__SANITIZE_ADDRESS__)
-enum { ADDRESS_SPACE_LIMITED = 0 };
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-enum { ADDRESS_SPACE_LIMITED = 0 };
-#else
-enum { ADDRESS_SPACE_LIMITED = 1 };
-#endif
-#else
-enum { ADDRESS_SPACE_LIMITED = 1 };
-#endif
 
 ibid_err ibid_extract_program(char *out, size_t room) {
     const char *set = getenv("IBID_EXTRACT");
@@ -89,7 +78,7 @@ static void become_extractor(const char *program, char *const argv[], int file, 
     (void)setrlimit(RLIMIT_CORE, &none_of_it);
     (void)setrlimit(RLIMIT_FSIZE, &none_of_it);
     (void)setrlimit(RLIMIT_NOFILE, &files);
-    if (ADDRESS_SPACE_LIMITED) (void)setrlimit(RLIMIT_AS, &memory);
+    if (!IBID_SANITIZED) (void)setrlimit(RLIMIT_AS, &memory);
     (void)execv(program, argv);
     _exit(127);
 }

@@ -4,6 +4,7 @@
 #include "attention/tokenizer/internal.h"
 #include "rpc/base/clock.h"
 #include "rpc/base/mem.h"
+#include "rpc/base/sanitized.h"
 #include "tests/support/gguf_write.h"
 #include "tests/support/test_model.h"
 
@@ -307,15 +308,7 @@ static void allocations_fail(void **state) {
     ibidi_tokenizer_close(t);
 }
 
-#ifndef __has_feature
-#define __has_feature(x) 0
-#endif
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) ||                               \
-    __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-enum { RUN_MIB = 1, SECONDS_PER_MIB = 8 };
-#else
-enum { RUN_MIB = 16, SECONDS_PER_MIB = 1 };
-#endif
+enum { RUN_MIB = IBID_SANITIZED ? 1 : 16, SECONDS_PER_MIB = IBID_SANITIZED ? 8 : 1 };
 
 /* 16 MiB of one character: at most a second per MiB. Sanitizers slow every access down, so that
  * their builds only take a shorter run and a wider bound. */

@@ -1,5 +1,6 @@
 /* The extractor as a process: frames, PDF, and every limit really enforced. */
 #include "indexer/extract/child.h"
+#include "rpc/base/sanitized.h"
 #include "tests/indexer/pdf_write.h"
 
 #include <setjmp.h>
@@ -16,12 +17,6 @@
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#if defined(__SANITIZE_ADDRESS__)
-enum { SANITIZED = 1 };
-#else
-enum { SANITIZED = 0 };
-#endif
 
 static char program[4096];
 
@@ -180,7 +175,7 @@ static void time_is_limited(void **state) {
 static void memory_is_limited(void **state) {
     (void)state;
     struct outcome o;
-    if (SANITIZED) skip(); /* a sanitizer's shadow does not fit into any limit */
+    if (IBID_SANITIZED) skip(); /* a sanitizer's shadow does not fit into any limit */
     size_t n = 24 << 20;
     char *p = malloc(n);
     assert_non_null(p);

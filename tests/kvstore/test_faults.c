@@ -3,6 +3,7 @@
 #include "support.h"
 
 #include "kvstore/store_internal.h"
+#include "rpc/base/sanitized.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -500,22 +501,11 @@ static void file_size_limit(void **st) {
 }
 
 /* ---- Little address space: the map is made smaller, and data still goes in ---- */
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define SANITIZED 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define SANITIZED 1
-#endif
-#endif
-#ifndef SANITIZED
-#define SANITIZED 0 /* sanitizers need more address space than the limit leaves */
-#endif
-
 static int in_little_space(void) {
     struct rlimit lim = {(rlim_t)4 << 30, (rlim_t)4 << 30};
     ibid_store *s = NULL;
     ibid_store_stats stats;
-    if (SANITIZED || setrlimit(RLIMIT_AS, &lim) != 0) return 77;
+    if (IBID_SANITIZED || setrlimit(RLIMIT_AS, &lim) != 0) return 77;
     NEED(ibid_store_open(&(ibid_store_opts){.dir = dir}, &s) == IBID_OK);
     stats_of(s, &stats);
     NEED(stats.map_size >= 1 << 28 && stats.map_size <= (uint64_t)4 << 30);
