@@ -14,6 +14,9 @@ function(ibid_test name)
   if(NOT T_TIMEOUT)
     set(T_TIMEOUT 120)
   endif()
+  if(IBID_SANITIZE)
+    math(EXPR T_TIMEOUT "3 * ${T_TIMEOUT}") # sanitizers slow everything down
+  endif()
   set_tests_properties(${name} PROPERTIES TIMEOUT ${T_TIMEOUT} SKIP_RETURN_CODE 77)
 endfunction()
 
