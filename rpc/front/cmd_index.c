@@ -171,7 +171,12 @@ static ibid_err submit(const ibid_cli *cli, ibid_service *s, uint64_t *job) {
                             .prune = cli->o.prune,
                             .force = cli->o.force,
                             .dry_run = cli->o.dry_run};
-    if (!e) e = ibid_idx_submit(s->indexer, &q, job);
+    /* Submitting twice is harmless: what the first job did is unchanged for the second. */
+    for (int tries = 0; !e && tries < 5; tries++) {
+        e = ibid_idx_submit(s->indexer, &q, job);
+        if (e != IBID_UNAVAIL || !ibidi_service_recover(s)) break;
+        if (tries < 4) e = IBID_OK;
+    }
     for (size_t i = 0; i < cli->n_args; i++) free(real[i]);
     return e;
 }
