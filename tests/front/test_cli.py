@@ -62,7 +62,7 @@ class Cli(unittest.TestCase):
     def test_queries_file(self):
         path = os.path.join(self.s.dir, "queries.jsonl")
         with open(path, "w") as f:
-            for i, q in enumerate(("What does the ferry do in strong wind?", "How many rivets has the bridge?")):
+            for i, q in enumerate(("When does the ferry from Hallin to Oster sail?", "How many rivets has the bridge?")):
                 f.write(json.dumps({"id": f"q{i}", "text": q}) + "\n")
         lines = [json.loads(x) for x in self.s.ok("search", "--queries", path).splitlines()]
         self.assertEqual([x["id"] for x in lines], ["q0", "q1"])
