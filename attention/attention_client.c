@@ -12,21 +12,6 @@ enum {
     TEXT_MAX = 32 * 1024 * 1024
 };
 
-/* One request whose body was built in e; frees e. */
-static ibid_err call(ibid_client *c, const char *method, ibid_enc *e, uint64_t deadline_ms,
-                     ibid_reply *out) {
-    ibid_enc_end(e);
-    ibid_err err = ibid_enc_done(e);
-    if (!err) err = ibid_client_call(c, method, e, deadline_ms, out);
-    ibid_enc_fini(e);
-    return err;
-}
-
-static void begin(ibid_enc *e) {
-    ibid_enc_init(e, IBID_BUS_MESSAGE_MAX - 4096);
-    ibid_enc_map(e, NULL);
-}
-
 static void put_hash(ibid_enc *e, const char *key, const ibid_hash *h) {
     ibid_enc_bin(e, key, h->b, sizeof h->b);
 }
@@ -76,7 +61,7 @@ static ibid_err get_info(const ibid_val *body, ibid_model_info *out) {
 static ibid_err info_call(ibid_client *c, const char *method, ibid_enc *e, ibid_model_info *out) {
     ibid_reply r = {0};
     ibid_model_info scratch;
-    ibid_err err = call(c, method, e, ADD_MS, &r);
+    ibid_err err = ibid_request_finish(c, method, e, ADD_MS, &r);
     if (!err) err = get_info(r.body, out ? out : &scratch);
     ibid_reply_close(&r);
     return err;
@@ -85,7 +70,7 @@ static ibid_err info_call(ibid_client *c, const char *method, ibid_enc *e, ibid_
 ibid_err ibid_attn_model_add(ibid_client *c, const char *path, const char *name,
                              ibid_model_info *out) {
     ibid_enc e;
-    begin(&e);
+    ibid_request_begin(&e, IBID_BUS_MESSAGE_MAX - 4096);
     ibid_enc_cstr(&e, "path", path);
     ibid_enc_cstr(&e, "name", name ? name : "");
     return info_call(c, "attention.model_add", &e, out);
@@ -93,7 +78,7 @@ ibid_err ibid_attn_model_add(ibid_client *c, const char *path, const char *name,
 
 ibid_err ibid_attn_model_info(ibid_client *c, const char *model, ibid_model_info *out) {
     ibid_enc e;
-    begin(&e);
+    ibid_request_begin(&e, IBID_BUS_MESSAGE_MAX - 4096);
     ibid_enc_cstr(&e, "model", model ? model : "");
     return info_call(c, "attention.model_info", &e, out);
 }
@@ -103,10 +88,10 @@ ibid_err ibid_attn_calibrate(ibid_client *c, const char *model, ibid_str sample,
     ibid_reply r = {0};
     const char *s = "";
     size_t n = 0;
-    begin(&e);
+    ibid_request_begin(&e, IBID_BUS_MESSAGE_MAX - 4096);
     ibid_enc_cstr(&e, "model", model ? model : "");
     if (sample.s) ibid_enc_bin(&e, "sample", sample.s, sample.n);
-    ibid_err err = call(c, "attention.calibrate", &e, ADD_MS, &r);
+    ibid_err err = ibid_request_finish(c, "attention.calibrate", &e, ADD_MS, &r);
     if (!err && report && ibid_get_str(r.body, "report", &s, &n))
         err = ibid_buf_append(report, s, n);
     ibid_reply_close(&r);
@@ -124,10 +109,10 @@ ibid_err ibid_attn_tokenize(ibid_client *c, const ibid_hash *model, ibid_str tex
     memset(out, 0, sizeof *out);
     if (text.n > TEXT_MAX)
         return ibid_fail(IBID_TOOBIG, "a text of %zu bytes; at most %d a call", text.n, TEXT_MAX);
-    begin(&e);
+    ibid_request_begin(&e, IBID_BUS_MESSAGE_MAX - 4096);
     put_hash(&e, "model", model);
     ibid_enc_bin(&e, "text", text.s, text.n);
-    ibid_err err = call(c, "attention.tokenize", &e, ENCODE_MS, &r);
+    ibid_err err = ibid_request_finish(c, "attention.tokenize", &e, ENCODE_MS, &r);
     if (err) return err;
     uint64_t n = ibid_get_u64(r.body, "n", 0);
     if (!ibid_get_bin(r.body, "tokens", &p, &size) || n > size) {
@@ -161,7 +146,7 @@ ibid_err ibid_attn_encode(ibid_client *c, const ibid_hash *model, uint64_t job,
     if (n > IBID_ENCODE_BLOCKS_MAX)
         return ibid_fail(IBID_TOOBIG, "%zu blocks in one call; at most %d", n,
                          IBID_ENCODE_BLOCKS_MAX);
-    begin(&e);
+    ibid_request_begin(&e, IBID_BUS_MESSAGE_MAX - 4096);
     put_hash(&e, "model", model);
     ibid_enc_u64(&e, "job", job);
     ibid_enc_array(&e, "blocks");
@@ -172,7 +157,7 @@ ibid_err ibid_attn_encode(ibid_client *c, const ibid_hash *model, uint64_t job,
         ibid_enc_end(&e);
     }
     ibid_enc_end(&e);
-    ibid_err err = call(c, "attention.encode", &e, ENCODE_MS, &r);
+    ibid_err err = ibid_request_finish(c, "attention.encode", &e, ENCODE_MS, &r);
     if (err) return err;
     const ibid_val *list = ibid_val_get(r.body, "numbers");
     if (ibid_val_count(list) != n) err = broken("encode");
@@ -196,10 +181,10 @@ ibid_err ibid_attn_question_keys(ibid_client *c, const ibid_hash *model, ibid_st
     const void *ids = NULL, *keys = NULL;
     size_t ids_n = 0, keys_n = 0;
     memset(out, 0, sizeof *out);
-    begin(&e);
+    ibid_request_begin(&e, IBID_BUS_MESSAGE_MAX - 4096);
     put_hash(&e, "model", model);
     ibid_enc_str(&e, "question", question.s, question.n);
-    ibid_err err = call(c, "attention.question_keys", &e, 0, &r);
+    ibid_err err = ibid_request_finish(c, "attention.question_keys", &e, 0, &r);
     if (err) return err;
     ibid_question_keys k = {.dim = (size_t)ibid_get_u64(r.body, "dim", 0)};
     bool good = ibid_get_bin(r.body, "ids", &ids, &ids_n) && ids_n % 4 == 0 &&
@@ -298,9 +283,9 @@ static ibid_err hand_on(const ibid_val *v, bool (*on_event)(void *, const ibid_a
 
 static void cancel(ibid_client *c, uint64_t stream) {
     ibid_enc e;
-    begin(&e);
+    ibid_request_begin(&e, IBID_BUS_MESSAGE_MAX - 4096);
     ibid_enc_u64(&e, "stream", stream);
-    (void)call(c, "attention.cancel", &e, 0, NULL);
+    (void)ibid_request_finish(c, "attention.cancel", &e, 0, NULL);
 }
 
 ibid_err ibid_attn_answer(ibid_client *c, const ibid_answer_request *q,
@@ -310,18 +295,18 @@ ibid_err ibid_attn_answer(ibid_client *c, const ibid_answer_request *q,
     uint64_t stream, seq = 0;
     bool last = false;
     size_t waits = 0;
-    begin(&e);
+    ibid_request_begin(&e, IBID_BUS_MESSAGE_MAX - 4096);
     put_question(&e, q);
-    ibid_err err = call(c, "attention.answer", &e, 0, &r);
+    ibid_err err = ibid_request_finish(c, "attention.answer", &e, 0, &r);
     if (err) return err;
     stream = ibid_get_u64(r.body, "stream", 0);
     ibid_reply_close(&r);
     while (!err && !last) {
         r = (ibid_reply){0};
-        begin(&e);
+        ibid_request_begin(&e, IBID_BUS_MESSAGE_MAX - 4096);
         ibid_enc_u64(&e, "stream", stream);
         ibid_enc_u64(&e, "seq", seq);
-        err = call(c, "attention.next", &e, NEXT_MS, &r);
+        err = ibid_request_finish(c, "attention.next", &e, NEXT_MS, &r);
         if (err == IBID_TIMEOUT) { /* nothing yet: ask again for the same one */
             err = ++waits < NEXT_WAITS ? IBID_OK : err;
             continue;

@@ -6,24 +6,10 @@
 
 enum { REQUEST_MAX = 4 * 1024 * 1024, SUBMIT_MS = 120000 };
 
-static ibid_err call(ibid_client *c, const char *method, ibid_enc *e, uint64_t deadline_ms,
-                     ibid_reply *out) {
-    ibid_enc_end(e);
-    ibid_err err = ibid_enc_done(e);
-    if (!err) err = ibid_client_call(c, method, e, deadline_ms, out);
-    ibid_enc_fini(e);
-    return err;
-}
-
-static void begin(ibid_enc *e) {
-    ibid_enc_init(e, REQUEST_MAX);
-    ibid_enc_map(e, NULL);
-}
-
 ibid_err ibid_idx_submit(ibid_client *c, const ibid_index_request *q, uint64_t *job) {
     ibid_enc e;
     ibid_reply r;
-    begin(&e);
+    ibid_request_begin(&e, REQUEST_MAX);
     ibid_enc_str(&e, "collection", q->collection.s, q->collection.n);
     if (q->model.n) ibid_enc_str(&e, "model", q->model.s, q->model.n);
     ibid_enc_array(&e, "paths");
@@ -32,7 +18,7 @@ ibid_err ibid_idx_submit(ibid_client *c, const ibid_index_request *q, uint64_t *
     ibid_enc_bool(&e, "prune", q->prune);
     ibid_enc_bool(&e, "force", q->force);
     ibid_enc_bool(&e, "dry_run", q->dry_run);
-    ibid_err err = call(c, "indexer.submit", &e, SUBMIT_MS, &r);
+    ibid_err err = ibid_request_finish(c, "indexer.submit", &e, SUBMIT_MS, &r);
     if (err) return err;
     *job = ibid_get_u64(r.body, "job", 0);
     ibid_reply_close(&r);
@@ -42,9 +28,9 @@ ibid_err ibid_idx_submit(ibid_client *c, const ibid_index_request *q, uint64_t *
 static ibid_err steer(ibid_client *c, const char *method, uint64_t job, uint64_t *n) {
     ibid_enc e;
     ibid_reply r;
-    begin(&e);
+    ibid_request_begin(&e, REQUEST_MAX);
     ibid_enc_u64(&e, "job", job);
-    ibid_err err = call(c, method, &e, 0, &r);
+    ibid_err err = ibid_request_finish(c, method, &e, 0, &r);
     if (err) return err;
     if (n) *n = ibid_get_u64(r.body, "n", 0);
     ibid_reply_close(&r);
@@ -112,11 +98,11 @@ ibid_err ibid_idx_status(ibid_client *c, uint64_t job, uint64_t from, uint64_t w
                          ibid_job_status *out) {
     ibid_enc e;
     memset(out, 0, sizeof *out);
-    begin(&e);
+    ibid_request_begin(&e, REQUEST_MAX);
     ibid_enc_u64(&e, "job", job);
     ibid_enc_u64(&e, "from", from);
     ibid_enc_u64(&e, "wait_ms", wait_ms);
-    ibid_err err = call(c, "indexer.status", &e, 0, &out->reply);
+    ibid_err err = ibid_request_finish(c, "indexer.status", &e, 0, &out->reply);
     if (err) return err;
     err = read_status(out);
     if (err) ibid_job_status_close(out);
@@ -131,10 +117,10 @@ void ibid_job_status_close(ibid_job_status *s) {
 
 ibid_err ibid_idx_remove(ibid_client *c, ibid_str collection, ibid_str id) {
     ibid_enc e;
-    begin(&e);
+    ibid_request_begin(&e, REQUEST_MAX);
     ibid_enc_str(&e, "collection", collection.s, collection.n);
     ibid_enc_str(&e, "id", id.s, id.n);
-    return call(c, "indexer.remove", &e, 0, NULL);
+    return ibid_request_finish(c, "indexer.remove", &e, 0, NULL);
 }
 
 /* Follows a cache job to its end; fails unless its one file can be read. */
@@ -163,10 +149,10 @@ ibid_err ibid_idx_cache_file(ibid_client *c, ibid_str model, ibid_str path, char
                              size_t id_room) {
     ibid_enc e;
     ibid_reply r;
-    begin(&e);
+    ibid_request_begin(&e, REQUEST_MAX);
     if (model.n) ibid_enc_str(&e, "model", model.s, model.n);
     ibid_enc_str(&e, "path", path.s, path.n);
-    ibid_err err = call(c, "indexer.cache_file", &e, SUBMIT_MS, &r);
+    ibid_err err = ibid_request_finish(c, "indexer.cache_file", &e, SUBMIT_MS, &r);
     if (err) return err;
     ibid_str got = text_of(r.body, "id");
     uint64_t job = ibid_get_u64(r.body, "job", 0);

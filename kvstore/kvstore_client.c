@@ -37,25 +37,10 @@ static void enc_values(ibid_enc *m, const void *const *values, size_t n, size_t 
     for (size_t i = 0; p && i < n; i++) memcpy(p + i * size, values[i], size);
 }
 
-static void begin(ibid_enc *m) {
-    ibid_enc_init(m, IBID_BUS_MESSAGE_MAX);
-    ibid_enc_map(m, NULL);
-}
-
-/* Closes, sends, frees the request; out may be NULL. */
-static ibid_err finish(ibid_client *c, const char *method, ibid_enc *m, uint64_t deadline_ms,
-                       ibid_reply *out) {
-    ibid_enc_end(m);
-    ibid_err e = ibid_enc_done(m);
-    if (!e) e = ibid_client_call(c, method, m, deadline_ms, out);
-    ibid_enc_fini(m);
-    return e;
-}
-
 static ibid_err finish_u64(ibid_client *c, const char *method, ibid_enc *m, const char *key,
                            uint64_t *out) {
     ibid_reply r = {.msg = NULL};
-    ibid_err e = finish(c, method, m, WRITE_MS, &r);
+    ibid_err e = ibid_request_finish(c, method, m, WRITE_MS, &r);
     if (!e && out) *out = ibid_get_u64(r.body, key, 0);
     if (!e) ibid_reply_close(&r);
     return e;
@@ -63,22 +48,22 @@ static ibid_err finish_u64(ibid_client *c, const char *method, ibid_enc *m, cons
 
 ibid_err ibid_kvc_collection_create(ibid_client *c, ibid_str name, const ibid_hash *model) {
     ibid_enc m;
-    begin(&m);
+    ibid_request_begin(&m, IBID_BUS_MESSAGE_MAX);
     enc_str(&m, "name", name);
     enc_hash(&m, "model", model);
-    return finish(c, "kvstore.collection_create", &m, WRITE_MS, NULL);
+    return ibid_request_finish(c, "kvstore.collection_create", &m, WRITE_MS, NULL);
 }
 
 ibid_err ibid_kvc_collection_drop(ibid_client *c, ibid_str name) {
     ibid_enc m;
-    begin(&m);
+    ibid_request_begin(&m, IBID_BUS_MESSAGE_MAX);
     enc_str(&m, "name", name);
-    return finish(c, "kvstore.collection_drop", &m, WRITE_MS, NULL);
+    return ibid_request_finish(c, "kvstore.collection_drop", &m, WRITE_MS, NULL);
 }
 
 ibid_err ibid_kvc_model_put(ibid_client *c, const ibid_model_record *r) {
     ibid_enc m;
-    begin(&m);
+    ibid_request_begin(&m, IBID_BUS_MESSAGE_MAX);
     enc_hash(&m, "fingerprint", &r->fingerprint);
     enc_str(&m, "name", r->name);
     enc_str(&m, "path", r->path);
@@ -94,17 +79,17 @@ ibid_err ibid_kvc_model_put(ibid_client *c, const ibid_model_record *r) {
     ibid_enc_u64(&m, "kv_type", (uint64_t)r->kv_type);
     ibid_enc_bin(&m, "calibration", r->calibration.s, r->calibration.n);
     enc_hash(&m, "calibration_id", &r->calibration_id);
-    return finish(c, "kvstore.model_put", &m, WRITE_MS, NULL);
+    return ibid_request_finish(c, "kvstore.model_put", &m, WRITE_MS, NULL);
 }
 
 ibid_err ibid_kvc_prefix_put(ibid_client *c, const ibid_hash *prefix, size_t n_layers,
                              const void *const *values, size_t value_size) {
     ibid_enc m;
-    begin(&m);
+    ibid_request_begin(&m, IBID_BUS_MESSAGE_MAX);
     enc_hash(&m, "prefix", prefix);
     ibid_enc_u64(&m, "n_layers", n_layers);
     enc_values(&m, values, n_layers, value_size);
-    return finish(c, "kvstore.prefix_put", &m, WRITE_MS, NULL);
+    return ibid_request_finish(c, "kvstore.prefix_put", &m, WRITE_MS, NULL);
 }
 
 static void enc_block(ibid_enc *m, const ibid_block_put *b) {
@@ -140,13 +125,13 @@ ibid_err ibid_kvc_blocks_put(ibid_client *c, const ibid_block_put *b, size_t n, 
     if (values > IBID_BLOCKS_PUT_MAX)
         return ibid_fail(IBID_TOOBIG, "%llu bytes of KV in one call; send at most %d at once",
                          (unsigned long long)values, IBID_BLOCKS_PUT_MAX);
-    begin(&m);
+    ibid_request_begin(&m, IBID_BUS_MESSAGE_MAX);
     if (!m.err) m.err = ibid_buf_reserve(&m.buf, values + rest);
     ibid_enc_array(&m, "blocks");
     for (size_t i = 0; i < n; i++) enc_block(&m, &b[i]);
     ibid_enc_end(&m);
     ibid_reply r = {.msg = NULL};
-    ibid_err e = finish(c, "kvstore.blocks_put", &m, WRITE_MS, &r);
+    ibid_err e = ibid_request_finish(c, "kvstore.blocks_put", &m, WRITE_MS, &r);
     if (e) return e;
     const void *p = NULL;
     size_t bytes = 0;
@@ -160,10 +145,10 @@ ibid_err ibid_kvc_blocks_put(ibid_client *c, const ibid_block_put *b, size_t n, 
 
 ibid_err ibid_kvc_blocks_hold(ibid_client *c, uint64_t job, const uint64_t *blocks, size_t n) {
     ibid_enc m;
-    begin(&m);
+    ibid_request_begin(&m, IBID_BUS_MESSAGE_MAX);
     ibid_enc_u64(&m, "job", job);
     enc_u64s(&m, "blocks", blocks, n);
-    return finish(c, "kvstore.blocks_hold", &m, WRITE_MS, NULL);
+    return ibid_request_finish(c, "kvstore.blocks_hold", &m, WRITE_MS, NULL);
 }
 
 ibid_err ibid_kvc_keys_put(ibid_client *c, const ibid_hash *calibration, uint64_t block,
@@ -171,13 +156,13 @@ ibid_err ibid_kvc_keys_put(ibid_client *c, const ibid_hash *calibration, uint64_
     ibid_enc m;
     size_t bytes = 0;
     if (!ibid_mul_size(n_tokens, dim, &bytes)) bytes = SIZE_MAX / 2;
-    begin(&m);
+    ibid_request_begin(&m, IBID_BUS_MESSAGE_MAX);
     enc_hash(&m, "calibration", calibration);
     ibid_enc_u64(&m, "block", block);
     ibid_enc_u64(&m, "n_tokens", n_tokens);
     ibid_enc_u64(&m, "dim", dim);
     ibid_enc_bin(&m, "keys", keys, bytes);
-    return finish(c, "kvstore.keys_put", &m, WRITE_MS, NULL);
+    return ibid_request_finish(c, "kvstore.keys_put", &m, WRITE_MS, NULL);
 }
 
 /* ---- Documents ---- */
@@ -221,7 +206,7 @@ static void enc_text(ibid_enc *m, ibid_str text) {
 ibid_err ibid_kvc_document_put(ibid_client *c, const ibid_document_put *d, uint64_t *number,
                                uint64_t *generation) {
     ibid_enc m;
-    begin(&m);
+    ibid_request_begin(&m, IBID_BUS_MESSAGE_MAX);
     enc_str(&m, "collection", d->collection);
     enc_str(&m, "id", d->id);
     enc_str(&m, "title", d->title);
@@ -234,7 +219,7 @@ ibid_err ibid_kvc_document_put(ibid_client *c, const ibid_document_put *d, uint6
     enc_chunks(&m, d->chunks, d->n_chunks);
     if (d->job) ibid_enc_u64(&m, "job", d->job);
     ibid_reply r = {.msg = NULL};
-    ibid_err e = finish(c, "kvstore.document_put", &m, WRITE_MS, &r);
+    ibid_err e = ibid_request_finish(c, "kvstore.document_put", &m, WRITE_MS, &r);
     if (e) return e;
     if (number) *number = ibid_get_u64(r.body, "number", 0);
     if (generation) *generation = ibid_get_u64(r.body, "generation", 0);
@@ -245,7 +230,7 @@ ibid_err ibid_kvc_document_put(ibid_client *c, const ibid_document_put *d, uint6
 ibid_err ibid_kvc_document_delete(ibid_client *c, ibid_str collection, ibid_str id,
                                   uint64_t *generation) {
     ibid_enc m;
-    begin(&m);
+    ibid_request_begin(&m, IBID_BUS_MESSAGE_MAX);
     enc_str(&m, "collection", collection);
     enc_str(&m, "id", id);
     return finish_u64(c, "kvstore.document_delete", &m, "generation", generation);
@@ -254,7 +239,7 @@ ibid_err ibid_kvc_document_delete(ibid_client *c, ibid_str collection, ibid_str 
 /* ---- Jobs and upkeep ---- */
 ibid_err ibid_kvc_job_put(ibid_client *c, const ibid_job *j, uint64_t *id) {
     ibid_enc m;
-    begin(&m);
+    ibid_request_begin(&m, IBID_BUS_MESSAGE_MAX);
     ibid_enc_u64(&m, "id", j->id);
     enc_str(&m, "kind", j->kind);
     enc_str(&m, "collection", j->collection);
@@ -269,23 +254,23 @@ ibid_err ibid_kvc_job_put(ibid_client *c, const ibid_job *j, uint64_t *id) {
 
 ibid_err ibid_kvc_job_delete(ibid_client *c, uint64_t id) {
     ibid_enc m;
-    begin(&m);
+    ibid_request_begin(&m, IBID_BUS_MESSAGE_MAX);
     ibid_enc_u64(&m, "id", id);
-    return finish(c, "kvstore.job_delete", &m, WRITE_MS, NULL);
+    return ibid_request_finish(c, "kvstore.job_delete", &m, WRITE_MS, NULL);
 }
 
 ibid_err ibid_kvc_touch(ibid_client *c, const uint64_t *blocks, size_t n) {
     ibid_enc m;
-    begin(&m);
+    ibid_request_begin(&m, IBID_BUS_MESSAGE_MAX);
     enc_u64s(&m, "blocks", blocks, n);
-    return finish(c, "kvstore.touch", &m, TOUCH_MS, NULL);
+    return ibid_request_finish(c, "kvstore.touch", &m, TOUCH_MS, NULL);
 }
 
 ibid_err ibid_kvc_collect(ibid_client *c, ibid_collected *out) {
     ibid_enc m;
     ibid_reply r = {.msg = NULL};
-    begin(&m);
-    ibid_err e = finish(c, "kvstore.collect", &m, WRITE_MS, &r);
+    ibid_request_begin(&m, IBID_BUS_MESSAGE_MAX);
+    ibid_err e = ibid_request_finish(c, "kvstore.collect", &m, WRITE_MS, &r);
     if (e) return e;
     if (out)
         *out = (ibid_collected){.orphans = ibid_get_u64(r.body, "orphans", 0),
@@ -298,16 +283,16 @@ ibid_err ibid_kvc_collect(ibid_client *c, ibid_collected *out) {
 
 ibid_err ibid_kvc_set_budget(ibid_client *c, uint64_t kv_budget) {
     ibid_enc m;
-    begin(&m);
+    ibid_request_begin(&m, IBID_BUS_MESSAGE_MAX);
     ibid_enc_u64(&m, "kv_budget", kv_budget);
-    return finish(c, "kvstore.set_budget", &m, WRITE_MS, NULL);
+    return ibid_request_finish(c, "kvstore.set_budget", &m, WRITE_MS, NULL);
 }
 
 ibid_err ibid_kvc_verify(ibid_client *c, ibid_buf *out, uint64_t *n_faults) {
     ibid_enc m;
     ibid_reply r = {.msg = NULL};
-    begin(&m);
-    ibid_err e = finish(c, "kvstore.verify", &m, VERIFY_MS, &r);
+    ibid_request_begin(&m, IBID_BUS_MESSAGE_MAX);
+    ibid_err e = ibid_request_finish(c, "kvstore.verify", &m, VERIFY_MS, &r);
     if (e) return e;
     const char *text = NULL;
     size_t n = 0;

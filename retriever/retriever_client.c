@@ -8,21 +8,6 @@ enum {
     REQUEST_MAX = 4 * 1024 * 1024
 };
 
-static void begin(ibid_enc *m) {
-    ibid_enc_init(m, REQUEST_MAX);
-    ibid_enc_map(m, NULL);
-}
-
-/* Closes the root map, sends, and frees the request. */
-static ibid_err finish(ibid_client *c, const char *method, ibid_enc *m, uint64_t deadline_ms,
-                       ibid_reply *out) {
-    ibid_enc_end(m);
-    ibid_err e = ibid_enc_done(m);
-    if (!e) e = ibid_client_call(c, method, m, deadline_ms, out);
-    ibid_enc_fini(m);
-    return e;
-}
-
 static void put_str(ibid_enc *m, const char *key, ibid_str s) {
     ibid_enc_str(m, key, s.s ? s.s : "", s.n);
 }
@@ -51,7 +36,7 @@ static ibid_hit get_hit(const ibid_val *v) {
 ibid_err ibid_ret_search(ibid_client *c, const ibid_search_request *q, ibid_search_result *out) {
     ibid_enc m;
     *out = (ibid_search_result){.n = 0};
-    begin(&m);
+    ibid_request_begin(&m, REQUEST_MAX);
     put_str(&m, "collection", q->collection);
     put_str(&m, "question", q->question);
     ibid_enc_u64(&m, "top", q->top);
@@ -66,7 +51,7 @@ ibid_err ibid_ret_search(ibid_client *c, const ibid_search_request *q, ibid_sear
         ibid_enc_end(&m);
     }
     ibid_enc_end(&m);
-    ibid_err e = finish(c, "retriever.search", &m, SEARCH_MS, &out->reply);
+    ibid_err e = ibid_request_finish(c, "retriever.search", &m, SEARCH_MS, &out->reply);
     if (e) return e;
     const ibid_val *body = out->reply.body, *hits = ibid_val_get(body, "hits");
     size_t n = ibid_val_count(hits);
@@ -95,14 +80,14 @@ void ibid_search_result_close(ibid_search_result *r) {
 ibid_err ibid_ret_find(ibid_client *c, const ibid_find_request *q, ibid_find_result *out) {
     ibid_enc m;
     *out = (ibid_find_result){.n = 0};
-    begin(&m);
+    ibid_request_begin(&m, REQUEST_MAX);
     put_str(&m, "collection", q->collection);
     put_str(&m, "document", q->document);
     put_str(&m, "query", q->query);
     ibid_enc_bool(&m, "exact_only", q->exact_only);
     ibid_enc_f64(&m, "min_score", q->min_score);
     ibid_enc_u64(&m, "max_matches", q->max_matches);
-    ibid_err e = finish(c, "retriever.find", &m, SEARCH_MS, &out->reply);
+    ibid_err e = ibid_request_finish(c, "retriever.find", &m, SEARCH_MS, &out->reply);
     if (e) return e;
     const ibid_val *body = out->reply.body, *matches = ibid_val_get(body, "matches");
     size_t n = ibid_val_count(matches);
@@ -135,23 +120,23 @@ void ibid_find_result_close(ibid_find_result *r) {
 
 ibid_err ibid_ret_notify(ibid_client *c, uint64_t generation) {
     ibid_enc m;
-    begin(&m);
+    ibid_request_begin(&m, REQUEST_MAX);
     ibid_enc_u64(&m, "generation", generation);
-    return finish(c, "retriever.notify", &m, 0, NULL);
+    return ibid_request_finish(c, "retriever.notify", &m, 0, NULL);
 }
 
 ibid_err ibid_ret_reindex(ibid_client *c, ibid_str collection) {
     ibid_enc m;
-    begin(&m);
+    ibid_request_begin(&m, REQUEST_MAX);
     put_str(&m, "collection", collection);
-    return finish(c, "retriever.reindex", &m, UPKEEP_MS, NULL);
+    return ibid_request_finish(c, "retriever.reindex", &m, UPKEEP_MS, NULL);
 }
 
 ibid_err ibid_ret_verify(ibid_client *c, ibid_buf *faults, uint64_t *n_faults) {
     ibid_enc m;
     ibid_reply r = {.msg = NULL};
-    begin(&m);
-    ibid_err e = finish(c, "retriever.verify", &m, UPKEEP_MS, &r);
+    ibid_request_begin(&m, REQUEST_MAX);
+    ibid_err e = ibid_request_finish(c, "retriever.verify", &m, UPKEEP_MS, &r);
     if (e) return e;
     ibid_str s = get_str(r.body, "faults");
     *n_faults = ibid_get_u64(r.body, "n_faults", 0);

@@ -72,6 +72,11 @@ void ibid_client_close(ibid_client *c);
  * out may be NULL; else close with ibid_reply_close. */
 ibid_err ibid_client_call(ibid_client *c, const char *method, const ibid_enc *body,
                           uint64_t deadline_ms, ibid_reply *out);
+/* The two halves of a typed call: begin opens a body of at most cap bytes; after its fields were added,
+ * finish closes it, sends it as ibid_client_call does, and frees it in every case. */
+void ibid_request_begin(ibid_enc *body, size_t cap);
+ibid_err ibid_request_finish(ibid_client *c, const char *method, ibid_enc *body,
+                             uint64_t deadline_ms, ibid_reply *out);
 void ibid_reply_close(ibid_reply *r);
 /* IBID_OK when the room answers a ping within timeout_ms. Fills pid and uptime if not NULL. */
 ibid_err ibid_client_ping(ibid_client *c, uint64_t timeout_ms, uint64_t *pid, uint64_t *uptime_ms);

@@ -1,4 +1,5 @@
 #include "rpc/bus/envelope.h"
+#include "rpc/bus/bus.h"
 
 #include <string.h>
 
@@ -133,4 +134,18 @@ bool ibidi_seen_add(ibidi_seen *s, uint64_t id) {
     s->next = (slot + 1) % IBIDI_SEEN;
     if (!s->next) s->full = true;
     return false;
+}
+
+void ibid_request_begin(ibid_enc *body, size_t cap) {
+    ibid_enc_init(body, cap);
+    ibid_enc_map(body, NULL);
+}
+
+ibid_err ibid_request_finish(ibid_client *c, const char *method, ibid_enc *body,
+                             uint64_t deadline_ms, ibid_reply *out) {
+    ibid_enc_end(body);
+    ibid_err e = ibid_enc_done(body);
+    if (!e) e = ibid_client_call(c, method, body, deadline_ms, out);
+    ibid_enc_fini(body);
+    return e;
 }
