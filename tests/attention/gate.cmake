@@ -1,0 +1,3 @@
+# How close one way of computing is to another.
+add_executable(bench_quality ${CMAKE_CURRENT_LIST_DIR}/../bench/quality.c)
+target_link_libraries(bench_quality PRIVATE ibid_engine ibid_flags m)
