@@ -1,3 +1,6 @@
 # How close one way of computing is to another.
 add_executable(bench_quality ${CMAKE_CURRENT_LIST_DIR}/../bench/quality.c)
 target_link_libraries(bench_quality PRIVATE ibid_engine ibid_flags m)
+ibid_test(attention.gate
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_gate.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
+  LIBS ibid_attention TIMEOUT 300)

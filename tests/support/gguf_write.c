@@ -7,7 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { ALIGN = 32, BLOCK = 32 };
+enum { ALIGN = 32, BLOCK = 32, OUTLIER_ROWS = 4 };
 
 /* splitmix64: one stream for the whole file. */
 static uint64_t next_random(uint64_t *s) {
@@ -190,6 +190,7 @@ typedef struct plan {
     size_t rows, cols;
     ibid_type type;
     enum { WEIGHTS, NORM, FACTORS } kind;
+    float outlier; /* 0: none; otherwise rows [0, OUTLIER_ROWS) are this much larger */
 } plan;
 
 static void put_block(writer *w, ibid_type type, const float *x) {
@@ -222,7 +223,8 @@ static void put_block(writer *w, ibid_type type, const float *x) {
 static float value_of(const plan *p, size_t i, uint64_t *random) {
     if (p->kind == NORM) return 1 + 0.1f * next_weight(random);
     if (p->kind == FACTORS) return 1 + 3 * (float)i / (float)p->cols;
-    return next_weight(random) / sqrtf((float)p->cols);
+    float v = next_weight(random) / sqrtf((float)p->cols);
+    return p->outlier > 0 && i < OUTLIER_ROWS * p->cols ? v * p->outlier : v;
 }
 
 static void put_tensor(writer *w, const plan *p, uint64_t *random) {
@@ -272,6 +274,7 @@ static size_t plan_tensors(const ibid_test_gguf *s, size_t head_dim, size_t n_ro
         for (size_t j = 0; j < sizeof parts / sizeof *parts; j++) {
             p[n] = layer[j];
             (void)snprintf(p[n].name, sizeof p[n].name, "blk.%zu.%s.weight", i, parts[j]);
+            if (strcmp(parts[j], "attn_k") == 0) p[n].outlier = s->key_outlier;
             n++;
         }
     }

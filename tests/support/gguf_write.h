@@ -30,6 +30,7 @@ typedef struct ibid_test_gguf {
     bool rope_freqs;       /* write rope_freqs.weight (factors from 1 to 4) */
     const char *pre;       /* NULL: "smollm" */
     const char *rope_type; /* of the scaling, when rope_linear is set; NULL: "linear" */
+    float key_outlier; /* 0: none; otherwise the first rows of every attn_k are this much larger */
 } ibid_test_gguf;
 
 /* A spec that is small, quick and valid: 2 layers, n_embd 64, 4 heads, 2 kv heads, n_ff 96, 512
