@@ -20,12 +20,37 @@ typedef struct ibid_model_info {
  * store. Minutes on a slow machine: deadline 30 min. name: "" = from the file. */
 ibid_err ibid_attn_model_add(ibid_client *c, const char *path, const char *name,
                              ibid_model_info *out);
+typedef struct ibid_model_choice {
+    const char *path, *name;
+    const char *kv_type; /* "f32", "f16" or "q8_0"; NULL = q8_0 where the model's heads allow it */
+    bool force;          /* use the KV type although it fails its gate */
+} ibid_model_choice;
+/* The same with choices. INEXACT: the KV type fails its gate. EXISTS: added before with another. */
+ibid_err ibid_attn_model_add_as(ibid_client *c, const ibid_model_choice *choice,
+                                ibid_model_info *out);
 /* By fingerprint in hex, name, or "" for the default (the one added first). NOTFOUND names what is
  * there. Loads it if needed. */
 ibid_err ibid_attn_model_info(ibid_client *c, const char *model, ibid_model_info *out);
 /* Runs calibration again (sample: text, or NULL for the installed one) and derives new token keys for
  * every block from stored K. report: a table for a person. */
 ibid_err ibid_attn_calibrate(ibid_client *c, const char *model, ibid_str sample, ibid_buf *report);
+
+typedef struct ibid_kv_verdict {
+    char type[8];
+    uint64_t positions;
+    double kl_mean, kl_p99, top1; /* against live f32 KV; nats, nats, 0..1 */
+    bool passed, forced;
+} ibid_kv_verdict;
+typedef struct ibid_kv_gate {
+    char name[128], kv_type[8]; /* of the model; the type its KV is stored in */
+    ibid_kv_verdict types[4];
+    size_t n_types;
+} ibid_kv_gate;
+/* Measures f16 and q8_0 KV (where the model's heads allow it) on a text (s NULL: the installed
+ * one), and keeps the verdicts: indexing with a type that failed is refused. force: allowed all the
+ * same from now on. positions: 0 = 2,000. Minutes on a large model. */
+ibid_err ibid_attn_kv_gate(ibid_client *c, const char *model, ibid_str text, uint64_t positions,
+                           bool force, ibid_kv_gate *out);
 
 /* ---- Text to blocks (used by the indexer) ---- */
 

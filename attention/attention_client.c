@@ -67,13 +67,20 @@ static ibid_err info_call(ibid_client *c, const char *method, ibid_enc *e, ibid_
     return err;
 }
 
-ibid_err ibid_attn_model_add(ibid_client *c, const char *path, const char *name,
-                             ibid_model_info *out) {
+ibid_err ibid_attn_model_add_as(ibid_client *c, const ibid_model_choice *choice,
+                                ibid_model_info *out) {
     ibid_enc e;
     ibid_request_begin(&e, IBID_BUS_MESSAGE_MAX - 4096);
-    ibid_enc_cstr(&e, "path", path);
-    ibid_enc_cstr(&e, "name", name ? name : "");
+    ibid_enc_cstr(&e, "path", choice->path);
+    ibid_enc_cstr(&e, "name", choice->name ? choice->name : "");
+    if (choice->kv_type) ibid_enc_cstr(&e, "kv_type", choice->kv_type);
+    if (choice->force) ibid_enc_bool(&e, "force", true);
     return info_call(c, "attention.model_add", &e, out);
+}
+
+ibid_err ibid_attn_model_add(ibid_client *c, const char *path, const char *name,
+                             ibid_model_info *out) {
+    return ibid_attn_model_add_as(c, &(ibid_model_choice){.path = path, .name = name}, out);
 }
 
 ibid_err ibid_attn_model_info(ibid_client *c, const char *model, ibid_model_info *out) {
@@ -94,6 +101,39 @@ ibid_err ibid_attn_calibrate(ibid_client *c, const char *model, ibid_str sample,
     ibid_err err = ibid_request_finish(c, "attention.calibrate", &e, ADD_MS, &r);
     if (!err && report && ibid_get_str(r.body, "report", &s, &n))
         err = ibid_buf_append(report, s, n);
+    ibid_reply_close(&r);
+    return err;
+}
+
+static void get_verdict(const ibid_val *v, ibid_kv_verdict *out) {
+    copy_str(v, "type", out->type, sizeof out->type);
+    out->positions = ibid_get_u64(v, "positions", 0);
+    out->kl_mean = ibid_get_f64(v, "kl_mean", 0);
+    out->kl_p99 = ibid_get_f64(v, "kl_p99", 0);
+    out->top1 = ibid_get_f64(v, "top1", 0);
+    out->passed = ibid_get_bool(v, "passed", false);
+    out->forced = ibid_get_bool(v, "forced", false);
+}
+
+ibid_err ibid_attn_kv_gate(ibid_client *c, const char *model, ibid_str text, uint64_t positions,
+                           bool force, ibid_kv_gate *out) {
+    ibid_enc e;
+    ibid_reply r = {0};
+    memset(out, 0, sizeof *out);
+    ibid_request_begin(&e, IBID_BUS_MESSAGE_MAX - 4096);
+    ibid_enc_cstr(&e, "model", model ? model : "");
+    if (text.s) ibid_enc_bin(&e, "text", text.s, text.n);
+    if (positions) ibid_enc_u64(&e, "positions", positions);
+    ibid_enc_bool(&e, "force", force);
+    ibid_err err = ibid_request_finish(c, "attention.kv_gate", &e, ADD_MS, &r);
+    const ibid_val *types = ibid_val_get(r.body, "types");
+    size_t most = sizeof out->types / sizeof *out->types;
+    for (size_t i = 0; !err && i < ibid_val_count(types) && i < most; i++)
+        get_verdict(ibid_val_at(types, i), &out->types[out->n_types++]);
+    if (!err) {
+        copy_str(r.body, "name", out->name, sizeof out->name);
+        copy_str(r.body, "kv_type", out->kv_type, sizeof out->kv_type);
+    }
     ibid_reply_close(&r);
     return err;
 }

@@ -197,6 +197,7 @@ static ibid_err encode_rest(job *j) {
         t[n] = (ibid_reading){.tokens = j->blocks[i].tokens, .n = j->blocks[i].n_tokens};
         which[n++] = i;
     }
+    if (!e && n) e = ibidi_gate_check(j->r, j->m);
     if (!e) e = encode_missing(j, t, which, n);
     ibid_free(t);
     ibid_free(which);

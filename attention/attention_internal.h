@@ -6,10 +6,21 @@
 #include "attention/attention_room.h"
 #include "attention/plan/answer.h"
 #include "attention/plan/calibration_run.h"
+#include "attention/plan/gate_run.h"
 #include "attention/plan/prompt.h"
 #include "kvstore/kvstore_client.h"
 
 #include <pthread.h>
+
+/* What a gate found out about each KV type; forced: used although it failed. */
+typedef struct ibidi_verdict {
+    ibid_gate_score score;
+    bool known, forced;
+} ibidi_verdict;
+
+typedef struct ibidi_gates {
+    ibidi_verdict of[IBID_GATE_TYPES]; /* by ibid_kv_type */
+} ibidi_gates;
 
 /* A loaded model. Lives until the room closes. */
 typedef struct ibidi_loaded {
@@ -25,6 +36,7 @@ typedef struct ibidi_loaded {
     pthread_mutex_t lock; /* of what follows */
     bool calibrated;
     ibid_calibration cal; /* n_heads 0: no retrieval head, or not calibrated */
+    ibidi_gates gates;
     uint64_t encoded_tokens, reused_tokens, answers, completion_tokens;
 } ibidi_loaded;
 
@@ -52,11 +64,29 @@ typedef struct ibidi_room {
 ibid_err ibidi_model_get(ibidi_room *r, const ibid_hash *fingerprint, ibidi_loaded **out);
 /* By fingerprint in hex, name, or "" for the default. */
 ibid_err ibidi_model_find(ibidi_room *r, ibid_str name, ibidi_loaded **out);
-ibid_err ibidi_model_add(ibidi_room *r, ibid_str path, ibid_str name, ibidi_loaded **out);
+typedef struct ibidi_adding {
+    ibid_str path, name, kv_type; /* name, kv_type: empty = as usual */
+    bool force;                   /* although the KV type fails its gate */
+} ibidi_adding;
+ibid_err ibidi_model_add(ibidi_room *r, const ibidi_adding *a, ibidi_loaded **out);
+/* Writes the model's record. The caller holds load_lock. */
+ibid_err ibidi_model_save(ibidi_room *r, ibidi_loaded *m);
 ibid_err ibidi_model_calibrate(ibidi_room *r, ibidi_loaded *m, ibid_str sample, ibid_buf *report);
 void ibidi_models_close(ibidi_room *r);
 /* A copy of the current calibration. */
 void ibidi_model_calibration(ibidi_loaded *m, ibid_calibration *out);
+
+/* ---- attention_gate.c ---- */
+/* Whether a model that is being added may keep KV of this type; measures it if nobody did. Errors:
+ * INEXACT. */
+ibid_err ibidi_gate_add(ibidi_room *r, ibidi_loaded *m, ibid_kv_type type, bool force);
+/* The same before blocks are encoded, for the model's own type; a new verdict is saved. */
+ibid_err ibidi_gate_check(ibidi_room *r, ibidi_loaded *m);
+ibid_err ibidi_gates_encode(const ibidi_gates *g, ibid_buf *out);
+/* What cannot be read is not known, and measured again. */
+void ibidi_gates_decode(ibid_str data, ibidi_gates *out);
+/* The method attention.kv_gate. */
+ibid_err ibidi_kv_gate(void *room, const ibid_call *call);
 
 /* ---- attention_encode.c ---- */
 ibid_err ibidi_encode(ibidi_room *r, ibidi_loaded *m, uint64_t job, const ibid_encode_block *blocks,

@@ -115,11 +115,15 @@ static void make_reader(ibidi_loaded *m, ibid_kv_type type, size_t n_prefix) {
                               .n_prefix = n_prefix};
 }
 
-static ibid_err put_record(ibidi_room *r, ibidi_loaded *m) {
-    ibid_buf cal;
+ibid_err ibidi_model_save(ibidi_room *r, ibidi_loaded *m) {
+    ibid_buf cal, gates;
     ibid_err e = IBID_OK;
     ibid_buf_init(&cal, 1024 * 1024);
+    ibid_buf_init(&gates, 65536);
     if (m->calibrated) e = ibid_calibration_encode(&m->cal, &cal);
+    (void)pthread_mutex_lock(&m->lock);
+    if (!e) e = ibidi_gates_encode(&m->gates, &gates);
+    (void)pthread_mutex_unlock(&m->lock);
     ibid_model_record rec = {.fingerprint = m->model->fingerprint,
                              .name = {m->name, strlen(m->name)},
                              .path = {m->path, strlen(m->path)},
@@ -135,8 +139,10 @@ static ibid_err put_record(ibidi_room *r, ibidi_loaded *m) {
                              .n_prefix_tokens = m->reader.n_prefix,
                              .kv_type = m->reader.kv_type,
                              .calibration = {cal.data ? cal.data : "", cal.len},
-                             .calibration_id = m->cal.id};
+                             .calibration_id = m->cal.id,
+                             .gates = {gates.data ? gates.data : "", gates.len}};
     if (!e) e = ibid_kvc_model_put(r->kvstore, &rec);
+    ibid_buf_fini(&gates);
     ibid_buf_fini(&cal);
     return e;
 }
@@ -147,6 +153,7 @@ static ibid_err adopt_record(ibid_snap *snap, const ibid_model_record *rec, ibid
     ibid_err e = stored_prefix(snap, rec, m);
     if (e) return e;
     make_reader(m, rec->kv_type, rec->n_prefix_tokens);
+    ibidi_gates_decode(rec->gates, &m->gates);
     if (rec->calibration.n) {
         ibid_err bad = ibid_calibration_decode(rec->calibration.s, rec->calibration.n, &m->cal);
         m->calibrated = !bad;
@@ -308,11 +315,39 @@ static ibid_err name_free(ibidi_room *r, ibid_str name, const ibid_hash *fingerp
     return e;
 }
 
+/* The KV type that was asked for, or the usual one. */
+static ibid_err choose_type(const ibidi_room *r, const ibid_model *m, ibid_str wanted,
+                            ibid_kv_type *out) {
+    *out = ibid_kv_type_fits(m, r->kv_type) ? r->kv_type : IBID_KV_F16;
+    if (wanted.n == 0) return IBID_OK;
+    if (!ibid_kv_type_from_name(wanted, out))
+        return ibid_fail(IBID_INVAL, "no KV type %.*s; there are f32, f16 and q8_0", (int)wanted.n,
+                         wanted.s);
+    if (!ibid_kv_type_fits(m, *out))
+        return ibid_fail(IBID_NOTSUP,
+                         "%.*s KV needs a head size that is a multiple of 32, not %zu; use f16",
+                         (int)wanted.n, wanted.s, m->head_dim);
+    return IBID_OK;
+}
+
+/* A model that was added before has its KV type: its prefix and blocks are of it. */
+static ibid_err same_type(const ibidi_loaded *m, ibid_str wanted) {
+    const char *has = ibid_kv_type_name(m->reader.kv_type);
+    if (wanted.n == 0 || (wanted.n == strlen(has) && memcmp(wanted.s, has, wanted.n) == 0))
+        return IBID_OK;
+    return ibid_fail(IBID_EXISTS,
+                     "the model was added with %s KV, and what was read is stored so; for %.*s use "
+                     "a new data folder",
+                     has, (int)wanted.n, wanted.s);
+}
+
 /* Sets what a new or moved model's record will hold; one that was there keeps its prefix, so that
  * its blocks stay good. */
-static ibid_err settle(ibidi_room *r, ibidi_loaded *m, ibid_str name) {
+static ibid_err settle(ibidi_room *r, ibidi_loaded *m, const ibidi_adding *a) {
     ibid_snap *snap = NULL;
     ibid_model_record rec;
+    ibid_str name = a->name;
+    ibid_kv_type type;
     size_t n_prefix = 0;
     ibid_err e = ibid_snap_begin(r->store, &snap);
     if (e) return e;
@@ -327,11 +362,12 @@ static ibid_err settle(ibidi_room *r, ibidi_loaded *m, ibid_str name) {
         e = ibid_fail(IBID_NOMEM, "out of memory");
     } else if (!there) {
         e = adopt_record(snap, &rec, m);
+        if (!e) e = same_type(m, a->kv_type);
+        if (!e) e = ibidi_gate_add(r, m, m->reader.kv_type, a->force);
     } else {
-        /* q8_0 has one scale per 32 values of a head. */
-        ibid_kv_type type = m->model->head_dim % 32 ? IBID_KV_F16 : r->kv_type;
-        if (r->kv_type != IBID_KV_Q8_0) type = r->kv_type;
-        e = new_prefix(r, m, type, &n_prefix);
+        e = choose_type(r, m->model, a->kv_type, &type);
+        if (!e) e = ibidi_gate_add(r, m, type, a->force);
+        if (!e) e = new_prefix(r, m, type, &n_prefix);
         if (!e) make_reader(m, type, n_prefix);
     }
 done:
@@ -339,9 +375,12 @@ done:
     return e;
 }
 
-/* The same model from another place: that is where it will be opened next time. */
-static ibid_err move_file(ibidi_room *r, ibidi_loaded *m, const char *path) {
-    if (strcmp(m->path, path) == 0) return IBID_OK;
+/* The same model again, perhaps from another place: that is where it will be opened next time. */
+static ibid_err add_again(ibidi_room *r, ibidi_loaded *m, const char *path, const ibidi_adding *a) {
+    ibid_err e = same_type(m, a->kv_type);
+    if (!e) e = ibidi_gate_add(r, m, m->reader.kv_type, a->force);
+    if (e) return e;
+    if (strcmp(m->path, path) == 0) return ibidi_model_save(r, m);
     char *copy = ibid_strdup(path);
     if (!copy) return ibid_fail(IBID_NOMEM, "out of memory");
     (void)pthread_mutex_lock(&m->lock);
@@ -349,11 +388,12 @@ static ibid_err move_file(ibidi_room *r, ibidi_loaded *m, const char *path) {
     m->path = copy;
     (void)pthread_mutex_unlock(&m->lock);
     ibid_free(old);
-    return put_record(r, m);
+    return ibidi_model_save(r, m);
 }
 
-ibid_err ibidi_model_add(ibidi_room *r, ibid_str path, ibid_str name, ibidi_loaded **out) {
+ibid_err ibidi_model_add(ibidi_room *r, const ibidi_adding *a, ibidi_loaded **out) {
     ibidi_loaded *m = NULL, *have = NULL;
+    ibid_str path = a->path;
     char hex[65];
     (void)pthread_mutex_lock(&r->load_lock);
     ibid_err e = path.n && path.s[0] == '/'
@@ -361,12 +401,12 @@ ibid_err ibidi_model_add(ibidi_room *r, ibid_str path, ibid_str name, ibidi_load
                      : ibid_fail(IBID_INVAL, "a model's path is absolute, not \"%.*s\"",
                                  (int)path.n, path.s);
     if (!e && (have = find_loaded(r, &m->model->fingerprint))) {
-        e = move_file(r, have, m->path);
+        e = add_again(r, have, m->path, a);
         loaded_close(m);
         goto done;
     }
-    if (!e) e = settle(r, m, name);
-    if (!e) e = put_record(r, m);
+    if (!e) e = settle(r, m, a);
+    if (!e) e = ibidi_model_save(r, m);
     if (!e && !read_default(r, hex)) e = write_default(r, &m->model->fingerprint);
     if (e) {
         loaded_close(m);
@@ -397,7 +437,7 @@ ibid_err ibidi_model_calibrate(ibidi_room *r, ibidi_loaded *m, ibid_str sample, 
         m->cal = *cal;
         m->calibrated = true;
         (void)pthread_mutex_unlock(&m->lock);
-        e = put_record(r, m);
+        e = ibidi_model_save(r, m);
         (void)pthread_mutex_unlock(&r->load_lock);
     }
     if (!e) e = ibidi_rekey(r, m, &n);

@@ -68,8 +68,11 @@ static void put_info(ibid_enc *e, ibidi_loaded *m) {
 
 static ibid_err do_model_add(void *room, const ibid_call *call) {
     ibidi_loaded *m = NULL;
-    ibid_err e = ibidi_model_add(room, ibidi_get_str(call->body, "path"),
-                                 ibidi_get_str(call->body, "name"), &m);
+    ibidi_adding a = {.path = ibidi_get_str(call->body, "path"),
+                      .name = ibidi_get_str(call->body, "name"),
+                      .kv_type = ibidi_get_str(call->body, "kv_type"),
+                      .force = ibid_get_bool(call->body, "force", false)};
+    ibid_err e = ibidi_model_add(room, &a, &m);
     if (!e) put_info(call->reply, m);
     return e;
 }
@@ -260,6 +263,7 @@ static const ibid_method methods[] = {
     {"attention.model_add", do_model_add},
     {"attention.model_info", do_model_info},
     {"attention.calibrate", do_calibrate},
+    {"attention.kv_gate", ibidi_kv_gate},
     {"attention.tokenize", do_tokenize},
     {"attention.encode", do_encode},
     {"attention.question_keys", do_question_keys},

@@ -199,7 +199,7 @@ static ibid_err model_put(ibidi_writer *w, void *arg) {
 
 ibid_err ibid_store_model_put(ibid_store *s, const ibid_model_record *m) {
     if (m->name.n == 0 || m->name.n > 4096 || m->path.n > 65536 || m->arch.n > 4096 ||
-        m->calibration.n > TEXT_FIELD_MAX || m->n_prefix_tokens > PREFIX_TOKENS_MAX ||
+        m->calibration.n > TEXT_FIELD_MAX || m->gates.n > TEXT_FIELD_MAX || m->n_prefix_tokens > PREFIX_TOKENS_MAX ||
         (unsigned)m->kv_type > IBID_KV_Q8_0)
         return ibid_fail(IBID_INVAL,
                          "a model record needs a name, a known KV type and sane lengths");

@@ -109,6 +109,7 @@ typedef struct ibid_model_record {
     ibid_kv_type kv_type;        /* for new blocks */
     ibid_str calibration;        /* attention/plan/calibration.h's own encoding; empty = none yet */
     ibid_hash calibration_id;    /* hash of it; all zero = none */
+    ibid_str gates;              /* verdicts on KV types (attention_gate.c); empty = none yet */
 } ibid_model_record;
 
 typedef struct ibid_job {

@@ -79,6 +79,7 @@ ibid_err ibid_kvc_model_put(ibid_client *c, const ibid_model_record *r) {
     ibid_enc_u64(&m, "kv_type", (uint64_t)r->kv_type);
     ibid_enc_bin(&m, "calibration", r->calibration.s, r->calibration.n);
     enc_hash(&m, "calibration_id", &r->calibration_id);
+    if (r->gates.n) ibid_enc_bin(&m, "gates", r->gates.s, r->gates.n);
     return ibid_request_finish(c, "kvstore.model_put", &m, WRITE_MS, NULL);
 }
 

@@ -133,7 +133,8 @@ static ibid_err model_put(kvstore_room *r, const ibid_call *c, ibid_arena *a) {
                            .head_dim = ibid_get_u64(b, "head_dim", 0),
                            .n_ctx = ibid_get_u64(b, "n_ctx", 0),
                            .n_vocab = ibid_get_u64(b, "n_vocab", 0),
-                           .calibration = get_bin(b, "calibration")};
+                           .calibration = get_bin(b, "calibration"),
+                           .gates = get_bin(b, "gates")};
     ibid_err e = get_hash(b, "fingerprint", &m.fingerprint);
     if (!e) e = get_hash(b, "prefix", &m.prefix);
     if (!e) e = get_hash(b, "calibration_id", &m.calibration_id);

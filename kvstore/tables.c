@@ -566,6 +566,8 @@ ibid_err ibidi_model_decode(ibidi_slice key, ibidi_rd r, ibid_arena *a, ibid_mod
     out->path = ibidi_rd_str(&r);
     out->arch = ibidi_rd_str(&r);
     out->calibration = ibidi_rd_str(&r);
+    out->gates = (ibid_str){"", 0};
+    if (!r.bad && r.n - r.at >= 4) out->gates = ibidi_rd_str(&r); /* older records end before */
     if (!ibidi_rd_done(&r) || type > IBID_KV_Q8_0) return ibidi_corrupt(IBIDI_MODEL, key.p, key.n);
     out->kv_type = (ibid_kv_type)type;
     return IBID_OK;
@@ -587,6 +589,7 @@ ibid_err ibidi_model_write(ibidi_txn *t, const ibid_model_record *m) {
     ibidi_wr_str(&w, m->path);
     ibidi_wr_str(&w, m->arch);
     ibidi_wr_str(&w, m->calibration);
+    if (m->gates.n) ibidi_wr_str(&w, m->gates);
     ibid_err e = ibidi_put_wr(t, IBIDI_MODEL, &k, &w);
     ibidi_wr_fini(&w);
     return e;

@@ -33,7 +33,8 @@
     X(BUDGET, 18, "budget_exceeded", "larger than the KV budget")                                  \
     X(BACKEND, 19, "backend_error", "a library or device failed")                                  \
     X(INTERNAL, 20, "internal", "a bug in ibid")                                                   \
-    X(EMPTY, 21, "empty", "no text in it")
+    X(EMPTY, 21, "empty", "no text in it")                                                         \
+    X(INEXACT, 22, "kv_gate_failed", "the KV type is too inexact for this model")
 
 typedef enum ibid_err {
 #define X(sym, val, code, text) IBID_##sym = val,

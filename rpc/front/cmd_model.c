@@ -32,11 +32,14 @@ static int show_info(const ibid_cli *cli, const ibid_model_info *m) {
     return 0;
 }
 
-static ibid_err add_file(ibid_service *s, const char *path, const char *name, ibid_model_info *m) {
+static ibid_err add_file(const ibid_opts *o, ibid_service *s, const char *path, const char *name,
+                         ibid_model_info *m) {
     char *real = realpath(path, NULL);
     if (!real) return ibid_fail_errno(errno, "cannot read", path);
     say("reading the model, encoding its prefix and finding its retrieval heads");
-    ibid_err e = ibid_attn_model_add(s->attention, real, name, m);
+    ibid_model_choice choice = {
+        .path = real, .name = name, .kv_type = o->kv_type, .force = o->force};
+    ibid_err e = ibid_attn_model_add_as(s->attention, &choice, m);
     free(real);
     return e;
 }
@@ -56,7 +59,7 @@ static ibid_err pull(ibid_cli *cli, ibid_service *s, const char *name, ibid_mode
     if (e) return e;
     (void)snprintf(line, sizeof line, "%s", k->licence);
     say(line);
-    return add_file(s, path, cli->o.name ? cli->o.name : k->name, m);
+    return add_file(&cli->o, s, path, cli->o.name ? cli->o.name : k->name, m);
 }
 
 static ibid_err list_model(void *arg, const ibid_model_record *m) {
@@ -150,7 +153,7 @@ int ibidi_cmd_model(ibid_cli *cli) {
     } else if (calibrates) {
         status = calibrate(cli, &s);
     } else {
-        e = adds ? add_file(&s, what, cli->o.name ? cli->o.name : "", &m)
+        e = adds ? add_file(&cli->o, &s, what, cli->o.name ? cli->o.name : "", &m)
                  : pull(cli, &s, what ? what : "smollm2", &m);
         status = e ? ibidi_report(cli, e) : show_info(cli, &m);
     }

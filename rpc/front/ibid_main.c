@@ -35,6 +35,9 @@ const ibid_command ibidi_commands[] = {
     {"model", 1 << 13, "add FILE | list | pull NAME | calibrate [NAME]",
      "Add, list, fetch or calibrate models", "ibid model pull smollm2", 1, 2, ibidi_cmd_model},
     {"version", 1 << 14, "", "Print the version", "ibid version", 0, 0, ibidi_cmd_version},
+    {"kv-gate", 1 << 15, "[MODEL]",
+     "Measure what storing KV in each type costs a model; refuse a type that costs too much",
+     "ibid kv-gate --text sample.txt", 0, 1, ibidi_cmd_kv_gate},
     {NULL, 0, NULL, NULL, NULL, 0, 0, NULL},
 };
 

