@@ -270,8 +270,19 @@ static void middle_row(ibid_engine *e, size_t row, size_t layer) {
     const ibid_model *m = e->m;
     float *x = e->rows.x + row * m->n_embd;
     e->k->add(x, e->rows.q + row * e->wide, m->n_embd);
+    if (m->layers[layer].bo.data) e->k->add(x, m->layers[layer].bo.data, m->n_embd);
     e->k->rmsnorm(x, m->layers[layer].ffn_norm.data, m->norm_eps, e->rows.h + row * e->wide,
                   m->n_embd);
+}
+
+/* Adds a bias and normalises each head, where the model does. */
+static void finish_heads(const ibid_engine *e, float *x, size_t n_heads, const ibid_tensor *bias,
+                         const ibid_tensor *norm) {
+    size_t dim = e->m->head_dim;
+    if (bias->data) e->k->add(x, bias->data, n_heads * dim);
+    for (size_t h = 0; norm->data && h < n_heads; h++) {
+        e->k->rmsnorm(x + h * dim, norm->data, e->m->norm_eps, x + h * dim, dim);
+    }
 }
 
 static void store_row(ibid_engine *e, size_t row, size_t layer) {
@@ -280,8 +291,11 @@ static void store_row(ibid_engine *e, size_t row, size_t layer) {
     size_t dim = m->head_dim, half = m->rope.n_rot / 2;
     size_t live = p->seq->base + p->row0 + row - p->at;
     float *k = e->rows.k + row * e->kv_dim;
-    const float *v = e->rows.v + row * e->kv_dim;
-    e->k->rope(k, m->n_kv_heads, dim, m->rope.n_rot, e->rows.cos + row * half,
+    float *v = e->rows.v + row * e->kv_dim;
+    const ibid_layer *l = &m->layers[layer];
+    finish_heads(e, k, m->n_kv_heads, &l->bk, &l->k_norm);
+    if (l->bv.data) e->k->add(v, l->bv.data, e->kv_dim);
+    e->k->rope(m->rope.pairing, k, m->n_kv_heads, dim, m->rope.n_rot, e->rows.cos + row * half,
                e->rows.sin + row * half);
     for (size_t h = 0; h < m->n_kv_heads; h++) {
         float *to = ibidi_page_keys(p->seq, live / IBIDI_PAGE, layer, h) + live % IBIDI_PAGE * dim;
@@ -294,8 +308,9 @@ static void turn_row(ibid_engine *e, size_t row, size_t layer) {
     const ibid_model *m = e->m;
     size_t half = m->rope.n_rot / 2;
     float *q = e->rows.q + row * e->wide;
-    (void)layer;
-    e->k->rope(q, m->n_heads, m->head_dim, m->rope.n_rot, e->rows.cos + row * half,
+    const ibid_layer *l = &m->layers[layer];
+    finish_heads(e, q, m->n_heads, &l->bq, &l->q_norm);
+    e->k->rope(m->rope.pairing, q, m->n_heads, m->head_dim, m->rope.n_rot, e->rows.cos + row * half,
                e->rows.sin + row * half);
     for (size_t i = 0; i < e->q_dim; i++) q[i] *= e->scale;
 }

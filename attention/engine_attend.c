@@ -132,7 +132,7 @@ static const float *turned(const ibid_engine *e, const ibidi_seg *g, const float
     const ibid_model *m = e->m;
     if (!g->cos) return q;
     memcpy(space, q, n * m->head_dim * sizeof *q);
-    e->k->rope(space, n, m->head_dim, m->rope.n_rot, g->cos, g->sin);
+    e->k->rope(m->rope.pairing, space, n, m->head_dim, m->rope.n_rot, g->cos, g->sin);
     return space;
 }
 

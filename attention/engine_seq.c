@@ -166,7 +166,7 @@ ibid_err ibid_seq_export(const ibid_seq *s, size_t layer, size_t row0, size_t n,
             size_t r = row0 + j;
             const float *key = ibidi_page_keys(s, r / IBIDI_PAGE, layer, h) + r % IBIDI_PAGE * dim;
             memcpy(row, key, dim * sizeof *row);
-            if (shift) e->k->rope(row, 1, dim, n_rot, c, sn);
+            if (shift) e->k->rope(m->rope.pairing, row, 1, dim, n_rot, c, sn);
             put_row(e->k, (planes){view, false}, h, j, row);
             put_row(e->k, (planes){view, true}, h, j, key + IBIDI_PAGE * dim);
         }
@@ -192,7 +192,7 @@ ibid_err ibid_seq_raw_keys(const ibid_seq *s, size_t layer, size_t kv_head, size
             ibidi_page_keys(s, r / IBIDI_PAGE, layer, kv_head) + r % IBIDI_PAGE * dim;
         memcpy(out + j * dim, key, dim * sizeof *out);
         ibidi_rope_table(&m->rope, s->positions[r], -1, c, c + n_rot / 2);
-        e->k->rope(out + j * dim, 1, dim, n_rot, c, c + n_rot / 2);
+        e->k->rope(m->rope.pairing, out + j * dim, 1, dim, n_rot, c, c + n_rot / 2);
     }
     ibid_free(c);
     return IBID_OK;
@@ -216,7 +216,7 @@ ibid_err ibid_engine_stored_keys(const ibid_engine *e, const ibid_kv_view *kv, u
                     out);
     for (size_t j = 0; j < kv->n_tokens; j++) {
         ibidi_rope_table(&m->rope, local0 + j, -1, c, c + n_rot / 2);
-        e->k->rope(out + j * dim, 1, dim, n_rot, c, c + n_rot / 2);
+        e->k->rope(m->rope.pairing, out + j * dim, 1, dim, n_rot, c, c + n_rot / 2);
     }
     ibid_free(c);
     return IBID_OK;

@@ -8,11 +8,16 @@
 #include <string.h>
 
 enum {
-    IBIDI_BLOCK = 32,              /* weights per quantised block */
-    IBIDI_Q4_0_BYTES = 2 + 16,     /* f16 d, nibbles */
-    IBIDI_Q4_1_BYTES = 2 + 2 + 16, /* f16 d, f16 m, nibbles */
-    IBIDI_Q8_0_BYTES = 2 + 32,     /* f16 d, int8 */
-    IBIDI_KEY_TILE = 64            /* keys an attention step takes: one word of the mask */
+    IBIDI_BLOCK = 32,                /* weights per quantised block */
+    IBIDI_Q4_0_BYTES = 2 + 16,       /* f16 d, nibbles */
+    IBIDI_Q4_1_BYTES = 2 + 2 + 16,   /* f16 d, f16 m, nibbles */
+    IBIDI_Q5_0_BYTES = 2 + 4 + 16,   /* f16 d, high bits, nibbles */
+    IBIDI_Q5_1_BYTES = 4 + 4 + 16,   /* f16 d, f16 m, high bits, nibbles */
+    IBIDI_Q8_0_BYTES = 2 + 32,       /* f16 d, int8 */
+    IBIDI_Q4_K_BYTES = 4 + 12 + 128, /* of 256 weights; tensor.h has the fields */
+    IBIDI_Q5_K_BYTES = 4 + 12 + 32 + 128,
+    IBIDI_Q6_K_BYTES = 128 + 64 + 16 + 2,
+    IBIDI_KEY_TILE = 64 /* keys an attention step takes: one word of the mask */
 };
 
 extern const ibid_kernels ibidi_kernels_reference;
@@ -30,6 +35,13 @@ static inline uint16_t ibidi_u16_at(const void *p) {
     uint16_t v;
     memcpy(&v, p, sizeof v);
     return v;
+}
+
+static inline float ibidi_bf16_to_f32(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
 }
 
 /* Which of the 64 tokens from t0 (a multiple of 64) a row that sees [0, visible) may use. */

@@ -56,10 +56,10 @@ typedef struct ibid_kernels {
     size_t (*matmul_scratch)(size_t cols, size_t n);
     /* y[i] = x[i] / sqrt(mean(x^2) + eps) * w[i] (arXiv:1910.07467); x and y may be equal. */
     void (*rmsnorm)(const float *x, const float *w, float eps, float *y, size_t n);
-    /* Turns each head's first n_rot dimensions, pairs (2i, 2i+1), by angle[i] given as cos and sin
+    /* Turns each head's first n_rot dimensions, pair i by angle[i] given as cos and sin
      * [n_rot / 2]; in place over n_heads heads of head_dim (arXiv:2104.09864). */
-    void (*rope)(float *x, size_t n_heads, size_t head_dim, size_t n_rot, const float *cos,
-                 const float *sin);
+    void (*rope)(ibid_pairing pairing, float *x, size_t n_heads, size_t head_dim, size_t n_rot,
+                 const float *cos, const float *sin);
     /* gate[i] = silu(gate[i]) * up[i] (arXiv:2002.05202). */
     void (*swiglu)(float *gate, const float *up, size_t n);
     void (*add)(float *x, const float *y, size_t n); /* x += y */

@@ -9,11 +9,11 @@ static bool always(void) {
     return true;
 }
 
-static void dequantize_block4(const uint8_t *q, float d, float m, float *dst) {
-    for (size_t j = 0; j < 16; j++) {
-        dst[j] = d * (float)(q[j] & 15) + m;
-        dst[j + 16] = d * (float)(q[j] >> 4) + m;
-    }
+static void dequantize_group(ibid_type type, const void *row, size_t group, float dst[32]) {
+    uint8_t u[32];
+    float d[2], m[2];
+    ibid_weights_split(type, row, group, u, d, m);
+    for (size_t j = 0; j < IBIDI_BLOCK; j++) dst[j] = d[j / 16] * (float)u[j] + m[j / 16];
 }
 
 static void ref_dequantize(ibid_type type, const void *row, float *dst, size_t n) {
@@ -21,28 +21,25 @@ static void ref_dequantize(ibid_type type, const void *row, float *dst, size_t n
     switch (type) {
     case IBID_F32:
         memcpy(dst, row, n * sizeof *dst);
-        break;
+        return;
     case IBID_F16:
         for (size_t i = 0; i < n; i++) dst[i] = ibid_f16_to_f32(ibidi_u16_at(p + 2 * i));
-        break;
+        return;
+    case IBID_BF16:
+        for (size_t i = 0; i < n; i++) dst[i] = ibidi_bf16_to_f32(ibidi_u16_at(p + 2 * i));
+        return;
     case IBID_Q4_0:
-        for (size_t i = 0; i < n; i += IBIDI_BLOCK, p += IBIDI_Q4_0_BYTES) {
-            float d = ibid_f16_to_f32(ibidi_u16_at(p));
-            dequantize_block4(p + 2, d, -8 * d, dst + i);
-        }
-        break;
     case IBID_Q4_1:
-        for (size_t i = 0; i < n; i += IBIDI_BLOCK, p += IBIDI_Q4_1_BYTES) {
-            float d = ibid_f16_to_f32(ibidi_u16_at(p)), m = ibid_f16_to_f32(ibidi_u16_at(p + 2));
-            dequantize_block4(p + 4, d, m, dst + i);
-        }
-        break;
+    case IBID_Q5_0:
+    case IBID_Q5_1:
     case IBID_Q8_0:
-        for (size_t i = 0; i < n; i += IBIDI_BLOCK, p += IBIDI_Q8_0_BYTES) {
-            float d = ibid_f16_to_f32(ibidi_u16_at(p));
-            for (size_t j = 0; j < IBIDI_BLOCK; j++) dst[i + j] = d * (float)(int8_t)p[2 + j];
-        }
+    case IBID_Q4_K:
+    case IBID_Q5_K:
+    case IBID_Q6_K:
         break;
+    }
+    for (size_t g = 0; g < n / IBIDI_BLOCK; g++) {
+        dequantize_group(type, row, g, dst + g * IBIDI_BLOCK);
     }
 }
 
@@ -71,14 +68,16 @@ static void ref_rmsnorm(const float *x, const float *w, float eps, float *y, siz
     for (size_t i = 0; i < n; i++) y[i] = (float)((double)x[i] * scale * (double)w[i]);
 }
 
-static void ref_rope(float *x, size_t n_heads, size_t head_dim, size_t n_rot, const float *cos,
-                     const float *sin) {
+static void ref_rope(ibid_pairing pairing, float *x, size_t n_heads, size_t head_dim, size_t n_rot,
+                     const float *cos, const float *sin) {
     for (size_t h = 0; h < n_heads; h++, x += head_dim) {
         for (size_t i = 0; i < n_rot / 2; i++) {
-            double a = (double)x[2 * i], b = (double)x[2 * i + 1];
+            bool next = pairing == IBID_PAIR_NEXT;
+            float *xa = x + (next ? 2 * i : i), *xb = next ? xa + 1 : xa + n_rot / 2;
+            double a = (double)*xa, b = (double)*xb;
             double c = (double)cos[i], s = (double)sin[i];
-            x[2 * i] = (float)(a * c - b * s);
-            x[2 * i + 1] = (float)(a * s + b * c);
+            *xa = (float)(a * c - b * s);
+            *xb = (float)(a * s + b * c);
         }
     }
 }

@@ -18,21 +18,28 @@ enum {
     MM_STREAMED = 8  /* most rows of x for which streaming pays, in passes */
 };
 
-/* Bytes from the start of a row to column c (a multiple of the block). */
+/* Types that decoding streams as stored. The others' groups are unpacked one by one, slower, before
+ * anything is multiplied: where their speed counts they are multiplied as panels (simd_q8.h). */
+INLINE bool streams(ibid_type type) {
+    return type == IBID_F32 || type == IBID_F16 || type == IBID_BF16 || type == IBID_Q4_0 ||
+           type == IBID_Q4_1 || type == IBID_Q8_0;
+}
+
+/* Bytes from the start of a row of such a type to column c (a multiple of the block). */
 INLINE size_t row_offset(ibid_type type, size_t c) {
     switch (type) {
     case IBID_F32:
         return c * 4;
     case IBID_F16:
+    case IBID_BF16:
         return c * 2;
     case IBID_Q4_0:
         return c / IBIDI_BLOCK * IBIDI_Q4_0_BYTES;
     case IBID_Q4_1:
         return c / IBIDI_BLOCK * IBIDI_Q4_1_BYTES;
-    case IBID_Q8_0:
-        break;
+    default:
+        return c / IBIDI_BLOCK * IBIDI_Q8_0_BYTES;
     }
-    return c / IBIDI_BLOCK * IBIDI_Q8_0_BYTES;
 }
 
 /* Scale and offset (0 where the type has none) of one block. */
@@ -41,7 +48,7 @@ typedef struct block_scale {
 } block_scale;
 
 INLINE bool has_blocks(ibid_type type) {
-    return type != IBID_F32 && type != IBID_F16;
+    return type != IBID_F32 && type != IBID_F16 && type != IBID_BF16;
 }
 
 /* Those of the blocks in columns [c0, c1) of four rows, converted four at a time and left in
@@ -75,13 +82,16 @@ INLINE void v_weights(ibid_type type, const uint8_t *row, size_t c, block_scale 
     case IBID_F16:
         for (int j = 0; j < 32 / VL; j++) out[j] = v_from_half(p + 2 * j * VL);
         return;
+    case IBID_BF16:
+        for (int j = 0; j < 32 / VL; j++) out[j] = v_from_bf16(p + 2 * j * VL);
+        return;
     case IBID_Q4_0:
         v_block_q4_0(p, s.d, out);
         return;
     case IBID_Q4_1:
         v_block_q4_1(p, s.d, s.m, out);
         return;
-    case IBID_Q8_0:
+    default: /* Q8_0 */
         break;
     }
     vf d = v_set1(s.d);
@@ -90,13 +100,15 @@ INLINE void v_weights(ibid_type type, const uint8_t *row, size_t c, block_scale 
     }
 }
 
-/* The last n < 32 weights of a row, from column c, followed by zeros; F32 and F16 only. */
+/* The last n < 32 weights of a row, from column c, followed by zeros; types without blocks. */
 INLINE void v_weights_tail(ibid_type type, const uint8_t *row, size_t c, size_t n,
                            vf out[32 / VL]) {
     float buf[32] = {0};
     for (size_t j = 0; j < n; j++) {
         if (type == IBID_F32)
             memcpy(&buf[j], row + 4 * (c + j), 4);
+        else if (type == IBID_BF16)
+            buf[j] = ibidi_bf16_to_f32(ibidi_u16_at(row + 2 * (c + j)));
         else
             buf[j] = ibid_f16_to_f32(ibidi_u16_at(row + 2 * (c + j)));
     }
@@ -123,6 +135,17 @@ INLINE void unpack_row(ibid_type type, const uint8_t *row, size_t c0, size_t c1,
     for (int j = 0; j < 32 / VL; j++) v_store(dst + j * VL, w[j]);
 }
 
+/* The same for a type that does not stream. */
+static void unpack_groups(ibid_type type, const uint8_t *row, size_t c0, size_t c1, float *dst) {
+    for (size_t c = c0; c < c1; c += 32, dst += 32) {
+        uint8_t u[32];
+        float d[2], m[2];
+        ibid_weights_split(type, row, c / 32, u, d, m);
+        for (int j = 0; j < 16; j++) dst[j] = d[0] * (float)u[j] + m[0];
+        for (int j = 16; j < 32; j++) dst[j] = d[1] * (float)u[j] + m[1];
+    }
+}
+
 /* Columns [c0, c1) of a row; writes zeros up to the next multiple of 32. */
 static void simd_unpack(ibid_type type, const uint8_t *row, size_t c0, size_t c1, float *dst) {
     switch (type) {
@@ -140,6 +163,16 @@ static void simd_unpack(ibid_type type, const uint8_t *row, size_t c0, size_t c1
         break;
     case IBID_Q8_0:
         unpack_row(IBID_Q8_0, row, c0, c1, dst);
+        break;
+    case IBID_BF16:
+        unpack_row(IBID_BF16, row, c0, c1, dst);
+        break;
+    case IBID_Q5_0:
+    case IBID_Q5_1:
+    case IBID_Q4_K:
+    case IBID_Q5_K:
+    case IBID_Q6_K:
+        unpack_groups(type, row, c0, c1, dst);
         break;
     }
 }
@@ -330,7 +363,10 @@ static void stream_any(const ibid_tensor *w, size_t row0, size_t row1, const flo
     case IBID_Q4_1:
         stream_type(IBID_Q4_1, w, row0, row1, x, ldx, n, y, ldy);
         break;
-    case IBID_Q8_0:
+    case IBID_BF16:
+        stream_type(IBID_BF16, w, row0, row1, x, ldx, n, y, ldy);
+        break;
+    default:
         stream_type(IBID_Q8_0, w, row0, row1, x, ldx, n, y, ldy);
         break;
     }
@@ -338,7 +374,7 @@ static void stream_any(const ibid_tensor *w, size_t row0, size_t row1, const flo
 
 static void simd_matmul(const ibid_tensor *w, size_t row0, size_t row1, const float *x, size_t ldx,
                         size_t n, float *y, size_t ldy, void *scratch) {
-    if (n > MM_STREAMED) {
+    if (n > MM_STREAMED || !streams(w->type)) {
         matmul_panels(w, row0, row1, x, ldx, n, y, ldy, scratch);
         return;
     }

@@ -25,10 +25,25 @@ static void simd_rmsnorm(const float *x, const float *w, float eps, float *y, si
     }
 }
 
-static void simd_rope(float *x, size_t n_heads, size_t head_dim, size_t n_rot, const float *cos,
-                      const float *sin) {
+/* Pairs (i, i + half). */
+INLINE void rope_half(float *x, size_t half, const float *cos, const float *sin) {
+    for (size_t i = 0; i < half; i += VL) {
+        size_t n = half - i;
+        vf a = v_load_n(x + i, n), b = v_load_n(x + half + i, n);
+        vf c = v_load_n(cos + i, n), s = v_load_n(sin + i, n);
+        v_store_n(x + i, v_sub(v_mul(a, c), v_mul(b, s)), n);
+        v_store_n(x + half + i, v_fma(a, s, v_mul(b, c)), n);
+    }
+}
+
+static void simd_rope(ibid_pairing pairing, float *x, size_t n_heads, size_t head_dim, size_t n_rot,
+                      const float *cos, const float *sin) {
     for (size_t h = 0; h < n_heads; h++, x += head_dim) {
         size_t i = 0;
+        if (pairing == IBID_PAIR_HALF) {
+            rope_half(x, n_rot / 2, cos, sin);
+            continue;
+        }
         for (; 2 * i + VL <= n_rot; i += VL / 2) {
             v_store(x + 2 * i, v_rotate(v_load(x + 2 * i), cos + i, sin + i));
         }

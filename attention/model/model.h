@@ -8,19 +8,23 @@
 #include "rpc/base/err.h"
 #include "rpc/base/hash.h"
 
-typedef enum ibid_arch { IBID_ARCH_LLAMA = 1 } ibid_arch;
+typedef enum ibid_arch { IBID_ARCH_LLAMA = 1, IBID_ARCH_QWEN2 = 2, IBID_ARCH_QWEN3 = 3 } ibid_arch;
 
 /* One transformer layer. wq [n_heads * head_dim, n_embd], wk and wv [n_kv_heads * head_dim,
- * n_embd], wo [n_embd, n_heads * head_dim], gate and up [n_ff, n_embd], down [n_embd, n_ff]. */
+ * n_embd], wo [n_embd, n_heads * head_dim], gate and up [n_ff, n_embd], down [n_embd, n_ff].
+ * The rest is F32 and may be absent (data NULL): biases, added to what the matrix of the same
+ * letter gives, and the norms of each head's query and key [1, head_dim], between bias and RoPE. */
 typedef struct ibid_layer {
     ibid_tensor attn_norm, wq, wk, wv, wo;
     ibid_tensor ffn_norm, gate, up, down;
+    ibid_tensor bq, bk, bv, bo;
+    ibid_tensor q_norm, k_norm;
 } ibid_layer;
 
-/* RoPE as GGUF's llama architecture means it ("norm" pairing: dimensions 2i and 2i+1 turn
- * together). freq[i] = theta^(-2i/n_rot) / factor[i], factor from rope_freqs.weight where present,
+/* RoPE. freq[i] = theta^(-2i/n_rot) / factor[i], factor from rope_freqs.weight where present,
  * all divided by the linear scaling factor where present. */
 typedef struct ibid_rope {
+    ibid_pairing pairing;
     size_t n_rot;      /* dimensions rotated, <= head_dim, even */
     const float *freq; /* [n_rot / 2], radians per position */
 } ibid_rope;

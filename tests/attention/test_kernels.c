@@ -56,20 +56,46 @@ static void find_backends(void) {
     printf("\n");
 }
 
-static size_t row_bytes(ibid_type type, size_t cols) {
+/* Weights in a block, its bytes, and where its f16 numbers lie (a second one at 0: none). */
+typedef struct block_shape {
+    size_t cols, bytes, d, m;
+} block_shape;
+
+static block_shape shape_of(ibid_type type) {
     switch (type) {
     case IBID_F32:
-        return cols * 4;
+        return (block_shape){1, 4, 0, 0};
     case IBID_F16:
-        return cols * 2;
+    case IBID_BF16:
+        return (block_shape){1, 2, 0, 0};
     case IBID_Q4_0:
-        return cols / 32 * 18;
+        return (block_shape){32, 18, 0, 0};
     case IBID_Q4_1:
-        return cols / 32 * 20;
+        return (block_shape){32, 20, 0, 2};
+    case IBID_Q5_0:
+        return (block_shape){32, 22, 0, 0};
+    case IBID_Q5_1:
+        return (block_shape){32, 24, 0, 2};
     case IBID_Q8_0:
-        break;
+        return (block_shape){32, 34, 0, 0};
+    case IBID_Q4_K:
+        return (block_shape){256, 144, 0, 2};
+    case IBID_Q5_K:
+        return (block_shape){256, 176, 0, 2};
+    case IBID_Q6_K:
+        return (block_shape){256, 210, 208, 0};
     }
-    return cols / 32 * 34;
+    abort();
+}
+
+static bool fits(ibid_type type, size_t cols) {
+    return cols % shape_of(type).cols == 0;
+}
+
+/* cols, or the next larger number of them that is whole blocks. */
+static size_t whole(ibid_type type, size_t cols) {
+    size_t block = shape_of(type).cols;
+    return (cols + block - 1) / block * block;
 }
 
 static void put_u16(uint8_t *p, uint16_t v) {
@@ -77,7 +103,8 @@ static void put_u16(uint8_t *p, uint16_t v) {
 }
 
 static ibid_tensor random_weights(ibid_type type, size_t rows, size_t cols, float scale) {
-    size_t bytes = row_bytes(type, cols);
+    block_shape s = shape_of(type);
+    size_t bytes = cols / s.cols * s.bytes;
     uint8_t *p = need(rows * bytes);
     ibid_tensor t = {.type = type, .rows = rows, .cols = cols, .row_bytes = bytes, .data = p};
     if (type == IBID_F32) {
@@ -89,16 +116,25 @@ static ibid_tensor random_weights(ibid_type type, size_t rows, size_t cols, floa
             put_u16(p + 2 * i, ibid_f32_to_f16(rnd_float(scale)));
         return t;
     }
+    if (type == IBID_BF16) {
+        for (size_t i = 0; i < rows * cols; i++) {
+            float f = rnd_float(scale);
+            memcpy(p + 2 * i, (const uint8_t *)&f + 2, 2);
+        }
+        return t;
+    }
     for (size_t i = 0; i < rows * bytes; i++) p[i] = (uint8_t)rnd();
-    size_t block = bytes / (cols / 32);
-    for (size_t b = 0; b < rows * cols / 32; b++) {
-        put_u16(p + b * block, ibid_f32_to_f16(rnd_float(scale / 8)));
-        if (type == IBID_Q4_1) put_u16(p + b * block + 2, ibid_f32_to_f16(rnd_float(scale)));
+    float part = s.cols == 256 ? 1.0f / 64 : 1; /* K types multiply by factors of their own */
+    for (size_t b = 0; b < rows * cols / s.cols; b++, p += s.bytes) {
+        put_u16(p + s.d, ibid_f32_to_f16(rnd_float(scale * part / 8)));
+        if (s.m) put_u16(p + s.m, ibid_f32_to_f16(rnd_float(scale * part)));
     }
     return t;
 }
 
-static const ibid_type all_types[] = {IBID_F32, IBID_F16, IBID_Q4_0, IBID_Q4_1, IBID_Q8_0};
+static const ibid_type all_types[] = {IBID_F32,  IBID_F16,  IBID_Q4_0, IBID_Q4_1,
+                                      IBID_Q8_0, IBID_Q5_0, IBID_Q5_1, IBID_Q4_K,
+                                      IBID_Q5_K, IBID_Q6_K, IBID_BF16};
 static const size_t n_types = sizeof all_types / sizeof *all_types;
 
 /* ---- f16 ---- */
@@ -204,7 +240,7 @@ static void test_dequantize_equal(void **state) {
     for (size_t b = 0; b < n_tested; b++) {
         for (size_t i = 0; i < n_types; i++) {
             for (size_t cols = 1; cols <= 1536; cols = cols < 40 ? cols + 1 : cols * 2 + 32) {
-                if (all_types[i] > IBID_F16 && cols % 32) continue;
+                if (!fits(all_types[i], cols)) continue;
                 ibid_tensor w = random_weights(all_types[i], 1, cols, 1);
                 float *want = need((cols + 1) * 4), *got = need((cols + 1) * 4);
                 want[cols] = got[cols] = 42; /* nothing past the end is written */
@@ -265,7 +301,8 @@ static void test_matmul(void **state) {
     for (size_t b = 0; b < n_tested; b++) {
         for (size_t t = 0; t < n_types; t++) {
             for (size_t i = 0; i < sizeof ns / sizeof *ns; i++) {
-                size_t n = ns[i], r = rows[(i + t) % 4], c = cols[(i + 3 * t + b) % 7], ldx = c + 5;
+                size_t n = ns[i], r = rows[(i + t) % 4];
+                size_t c = whole(all_types[t], cols[(i + 3 * t + b) % 7]), ldx = c + 5;
                 ibid_tensor w = random_weights(all_types[t], r, c, 0.3f);
                 float *x = need(n * ldx * 4);
                 fill(x, n * ldx, 2);
@@ -277,12 +314,14 @@ static void test_matmul(void **state) {
     }
 }
 
-/* F32 and F16 rows of any length; nothing past the end of x is read (ASan builds see it). */
+/* Rows of any length of types without blocks; nothing past the end of x is read (ASan builds see
+ * it). */
 static void test_matmul_odd_columns(void **state) {
     (void)state;
     const size_t cols[] = {1, 7, 15, 17, 31, 33, 63, 100, 577, 769, 1000};
     for (size_t b = 0; b < n_tested; b++) {
-        for (size_t t = 0; t < 2; t++) {
+        for (size_t t = 0; t < n_types; t++) {
+            if (!fits(all_types[t], 1)) continue;
             for (size_t j = 0; j < sizeof cols / sizeof *cols; j++) {
                 for (size_t n = 1; n <= 9; n += 2) {
                     ibid_tensor w = random_weights(all_types[t], 9, cols[j], 1);
@@ -304,10 +343,11 @@ static void test_matmul_extremes(void **state) {
         for (size_t t = 0; t < n_types; t++) {
             for (size_t s = 0; s < 3; s++) {
                 for (size_t n = 1; n <= 7; n += 3) {
-                    ibid_tensor w = random_weights(all_types[t], 10, 320, 100);
-                    float *x = need(n * 320 * 4);
-                    fill(x, n * 320, scales[s]);
-                    check_products(tested[b], &w, x, 320, n, 1e-6);
+                    size_t cols = whole(all_types[t], 320);
+                    ibid_tensor w = random_weights(all_types[t], 10, cols, 100);
+                    float *x = need(n * cols * 4);
+                    fill(x, n * cols, scales[s]);
+                    check_products(tested[b], &w, x, cols, n, 1e-6);
                     ibid_free(x);
                     ibid_free((void *)(uintptr_t)w.data);
                 }
@@ -443,8 +483,9 @@ static void test_rope(void **state) {
     (void)state;
     const size_t dims[][2] = {{64, 64}, {64, 32}, {96, 96}, {128, 20}, {6, 6}, {256, 256}};
     for (size_t b = 0; b < n_tested; b++) {
-        for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) {
-            size_t dim = dims[i][0], rot = dims[i][1];
+        for (size_t i = 0; i < 2 * (sizeof dims / sizeof *dims); i++) {
+            size_t dim = dims[i / 2][0], rot = dims[i / 2][1];
+            ibid_pairing pairing = i % 2 ? IBID_PAIR_HALF : IBID_PAIR_NEXT;
             float x[3 * 256] = {0}, want[3 * 256], c[128], s[128];
             fill(x, 3 * dim, 10);
             memcpy(want, x, sizeof x);
@@ -453,8 +494,8 @@ static void test_rope(void **state) {
                 c[j] = cosf(angle);
                 s[j] = sinf(angle);
             }
-            ref->rope(want, 3, dim, rot, c, s);
-            tested[b]->rope(x, 3, dim, rot, c, s);
+            ref->rope(pairing, want, 3, dim, rot, c, s);
+            tested[b]->rope(pairing, x, 3, dim, rot, c, s);
             for (size_t j = 0; j < 3 * dim; j++) near(x[j], want[j], 0, 2e-6, "rope");
         }
     }

@@ -355,7 +355,7 @@ static void run_rmsnorm(void *arg) {
 }
 static void run_rope(void *arg) {
     small *s = arg;
-    s->k->rope(s->x, 9, 64, 64, s->y, s->y + 32);
+    s->k->rope(IBID_PAIR_NEXT, s->x, 9, 64, 64, s->y, s->y + 32);
 }
 static void run_swiglu(void *arg) {
     small *s = arg;

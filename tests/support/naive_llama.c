@@ -23,6 +23,31 @@ static double half_at(const uint8_t *p) {
     return sign * (exponent ? ldexp(1 + fraction, exponent - 15) : ldexp(fraction, -14));
 }
 
+/* Weight i of a Q4_K or Q5_K block: its group's factors are 6 bits each, the first four groups' in
+ * bytes 0 .. 7, of the others the low halves in bytes 8 .. 11 and the rest above the former. */
+static double k_weight(const uint8_t *p, bool five, size_t i) {
+    const uint8_t *f = p + 4, *q = p + (five ? 48 : 16);
+    size_t g = i / 32;
+    int scale = f[g % 4] & 63, offset = f[4 + g % 4] & 63;
+    if (g >= 4) {
+        scale = f[8 + g - 4] % 16 + f[g - 4] / 64 * 16;
+        offset = f[8 + g - 4] / 16 + f[g] / 64 * 16;
+    }
+    int bits = q[g / 2 * 32 + i % 32];
+    bits = g % 2 ? bits / 16 : bits % 16;
+    if (five && p[16 + i % 32] & 1 << g) bits += 16;
+    return half_at(p) * scale * bits - half_at(p + 2) * offset;
+}
+
+/* Weight i of a Q6_K block: two halves of 128 weights, each with 64 bytes of low and 32 of high
+ * bits; of a half, quarter k has its high bits at 2k, its low ones in bytes 32 (k % 2) and on. */
+static double q6_weight(const uint8_t *p, size_t i) {
+    size_t half = i / 128, quarter = i / 32 % 4, j = i % 32;
+    int low = p[64 * half + 32 * (quarter % 2) + j], high = p[128 + 32 * half + j];
+    int bits = (quarter < 2 ? low % 16 : low / 16) + 16 * (high >> 2 * quarter & 3);
+    return half_at(p + 208) * (int8_t)p[192 + i / 16] * (bits - 32);
+}
+
 /* Weight (row, col), by ggml's block layouts. */
 static double weight(const ibid_tensor *w, size_t row, size_t col) {
     const uint8_t *p = (const uint8_t *)w->data + row * w->row_bytes;
@@ -43,6 +68,26 @@ static double weight(const ibid_tensor *w, size_t row, size_t col) {
     case IBID_Q4_1:
         p += block * 20;
         return half_at(p) * (double)(i < 16 ? p[4 + i] & 15 : p[4 + i - 16] >> 4) + half_at(p + 2);
+    case IBID_Q5_0:
+        p += block * 22;
+        return half_at(p) * ((i < 16 ? p[6 + i] & 15 : p[6 + i - 16] >> 4) +
+                             (p[2 + i / 8] >> i % 8 & 1) * 16 - 16);
+    case IBID_Q5_1:
+        p += block * 24;
+        return half_at(p) * ((i < 16 ? p[8 + i] & 15 : p[8 + i - 16] >> 4) +
+                             (p[4 + i / 8] >> i % 8 & 1) * 16) +
+               half_at(p + 2);
+    case IBID_Q4_K:
+        return k_weight(p + col / 256 * 144, false, col % 256);
+    case IBID_Q5_K:
+        return k_weight(p + col / 256 * 176, true, col % 256);
+    case IBID_Q6_K:
+        return q6_weight(p + col / 256 * 210, col % 256);
+    case IBID_BF16: {
+        uint32_t bits = (uint32_t)p[2 * col] << 16 | (uint32_t)p[2 * col + 1] << 24;
+        memcpy(&f, &bits, 4);
+        return (double)f;
+    }
     }
     abort();
 }
@@ -61,24 +106,33 @@ static void multiply(const ibid_tensor *w, const double *x, size_t n, double *y)
     free(row);
 }
 
+/* n rows as long as w; x and y may be equal. */
 static void normalise(const ibid_model *m, const ibid_tensor *w, const double *x, size_t n,
                       double *y) {
     for (size_t i = 0; i < n; i++) {
         double sum = 0;
-        for (size_t c = 0; c < m->n_embd; c++) sum += x[i * m->n_embd + c] * x[i * m->n_embd + c];
-        double scale = 1 / sqrt(sum / (double)m->n_embd + (double)m->norm_eps);
-        for (size_t c = 0; c < m->n_embd; c++) {
-            y[i * m->n_embd + c] = x[i * m->n_embd + c] * scale * weight(w, 0, c);
+        for (size_t c = 0; c < w->cols; c++) sum += x[i * w->cols + c] * x[i * w->cols + c];
+        double scale = 1 / sqrt(sum / (double)w->cols + (double)m->norm_eps);
+        for (size_t c = 0; c < w->cols; c++) {
+            y[i * w->cols + c] = x[i * w->cols + c] * scale * weight(w, 0, c);
         }
     }
+}
+
+/* n rows of x, by the model's bias where it has one. */
+static void add_bias(const ibid_tensor *bias, double *x, size_t n) {
+    for (size_t i = 0; bias->data && i < n * bias->cols; i++)
+        x[i] += weight(bias, 0, i % bias->cols);
 }
 
 static void rotate(const ibid_model *m, const double *x, uint32_t position, double *y) {
     memcpy(y, x, m->head_dim * sizeof *y);
     for (size_t i = 0; i < m->rope.n_rot / 2; i++) {
         double angle = (double)position * (double)m->rope.freq[i];
-        y[2 * i] = x[2 * i] * cos(angle) - x[2 * i + 1] * sin(angle);
-        y[2 * i + 1] = x[2 * i] * sin(angle) + x[2 * i + 1] * cos(angle);
+        bool llama = m->arch == IBID_ARCH_LLAMA;
+        size_t a = llama ? 2 * i : i, b = llama ? 2 * i + 1 : i + m->rope.n_rot / 2;
+        y[a] = x[a] * cos(angle) - x[b] * sin(angle);
+        y[b] = x[a] * sin(angle) + x[b] * cos(angle);
     }
 }
 
@@ -164,6 +218,14 @@ void naive_run(naive_kv *kv, const int32_t *tokens, const uint32_t *positions, s
         multiply(&w->wk, h, n, kv->k + at(kv, l, before));
         multiply(&w->wv, h, n, kv->v + at(kv, l, before));
         multiply(&w->wq, h, n, q);
+        add_bias(&w->bk, kv->k + at(kv, l, before), n);
+        add_bias(&w->bv, kv->v + at(kv, l, before), n);
+        add_bias(&w->bq, q, n);
+        if (w->k_norm.data) {
+            double *k = kv->k + at(kv, l, before);
+            normalise(m, &w->k_norm, k, n * m->n_kv_heads, k);
+            normalise(m, &w->q_norm, q, n * m->n_heads, q);
+        }
         for (size_t i = 0; i < n; i++) {
             for (size_t g = 0; g < m->n_heads; g++) {
                 size_t bit = l * m->n_heads + g;
@@ -173,6 +235,7 @@ void naive_run(naive_kv *kv, const int32_t *tokens, const uint32_t *positions, s
             }
         }
         multiply(&w->wo, h, n, o);
+        add_bias(&w->bo, o, n);
         add(x, o, n * m->n_embd);
         normalise(m, &w->ffn_norm, x, n, h);
         multiply(&w->gate, h, n, o);
