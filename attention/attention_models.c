@@ -52,7 +52,12 @@ static ibidi_loaded *find_loaded(ibidi_room *r, const ibid_hash *fingerprint) {
 
 static ibid_err open_file(ibidi_room *r, ibid_str path, ibidi_loaded **out) {
     const char *kernels = r->opts.kernels[0] ? r->opts.kernels : NULL;
-    ibid_engine_opts o = {.kernels = kernels, .n_threads = r->opts.threads};
+    char cache[IBID_HOST_PATH_MAX + 8];
+    (void)snprintf(cache, sizeof cache, "%s/cache", r->opts.data_dir);
+    ibid_engine_opts o = {.kernels = kernels,
+                          .n_threads = r->opts.threads,
+                          .int8 = !r->opts.f32,
+                          .cache = cache};
     ibidi_loaded *m = ibid_calloc(1, sizeof *m);
     if (!m) return ibid_fail(IBID_NOMEM, "no memory for a model");
     ibid_sched_init(&m->sched);

@@ -8,6 +8,13 @@ enum {
     ALIGN = 64
 };
 
+/* Which groups of a layer's inputs are rounded finely (kernels.h, q8_pack), measured in
+ * docs/performance.md: normalised inputs have a few large channels, the same in most rows; the
+ * feed-forward's inner ones large values anywhere; attention's output none that matter. */
+static const float FINE_ABOVE[IBIDI_WEIGHTS] = {
+    [IBIDI_WQ] = 1.2f,   [IBIDI_WK] = 1.2f, [IBIDI_WV] = 1.2f,  [IBIDI_WO] = INFINITY,
+    [IBIDI_GATE] = 1.2f, [IBIDI_UP] = 1.2f, [IBIDI_DOWN] = 2.0f};
+
 /* ---- Opening ---- */
 
 /* Carves arrays out of one block: called once without a block to learn its size, then with it. */
@@ -40,8 +47,7 @@ static size_t max_cols(const ibid_engine *e) {
 
 static size_t matmul_bytes(const ibid_engine *e) {
     size_t cols = max_cols(e);
-    size_t n = max_size(e->k->matmul_scratch(cols, 1), e->k->matmul_scratch(cols, IBIDI_CHUNK));
-    return e->int8 ? max_size(n, e->k->matmul_q8_scratch(cols)) : n;
+    return max_size(e->k->matmul_scratch(cols, 1), e->k->matmul_scratch(cols, IBIDI_CHUNK));
 }
 
 static void carve_threads(ibid_engine *e, carver *c) {
@@ -71,7 +77,8 @@ static void carve_rows(ibid_engine *e, carver *c, size_t n) {
     r->cos = carve(c, n, m->rope.n_rot / 2 * sizeof(float));
     r->sin = carve(c, n, m->rope.n_rot / 2 * sizeof(float));
     r->lse = carve(c, n, m->n_heads * sizeof(float));
-    r->packed = e->int8 ? carve(c, n, e->k->q8_bytes(ibid_align_up(max_cols(e), 32))) : NULL;
+    size_t n_tiles = (n + IBID_Q8_TILE - 1) / IBID_Q8_TILE;
+    if (e->int8) r->packed = carve(c, n_tiles, e->k->q8_bytes(ibid_align_up(max_cols(e), 32)));
 }
 
 static ibid_err open_threads(ibid_engine *e) {
@@ -89,17 +96,29 @@ static ibid_err open_threads(ibid_engine *e) {
 /* The model reader bounds each dimension; their products are checked here, once. */
 static ibid_err plan_shape(ibid_engine *e) {
     const ibid_model *m = e->m;
-    size_t page;
+    size_t heads = m->n_layers * m->n_kv_heads;
     e->group = m->n_heads / m->n_kv_heads;
     e->tile_rows = e->group < IBIDI_TILE ? IBIDI_TILE / e->group : 1;
     e->scale = (float)(1 / sqrt((double)m->head_dim));
     if (!ibid_mul_size(m->n_heads, m->head_dim, &e->q_dim) ||
-        !ibid_mul_size(m->n_layers * m->n_kv_heads, m->head_dim, &page) ||
-        !ibid_mul_size(page, 2 * IBIDI_PAGE, &e->page_floats) || e->page_floats > SIZE_MAX / 8)
+        !ibid_mul_size(heads, m->head_dim, &e->page_bytes) || e->page_bytes > SIZE_MAX >> 16)
         return ibid_fail(IBID_NOMEM, "the model's KV is too large for this machine");
     e->kv_dim = m->n_kv_heads * m->head_dim;
     e->wide = max_size(e->q_dim, m->n_embd);
     return IBID_OK;
+}
+
+/* How live KV is kept, and what attends to it. */
+static void plan_pages(ibid_engine *e) {
+    e->live_type = e->int8 && e->m->head_dim % 32 == 0 ? IBID_KV_Q8_0 : IBID_KV_F32;
+    e->attn = e->int8 && e->k->attn_i8 ? e->k->attn_i8 : e->k->attn;
+    if (e->live_type == IBID_KV_Q8_0) { /* an f16 per 32 values */
+        e->page_tokens = IBIDI_PAGE_I8;
+        e->page_bytes = 2 * e->page_tokens * (e->page_bytes + e->page_bytes / 16);
+    } else {
+        e->page_tokens = IBIDI_PAGE;
+        e->page_bytes *= 2 * e->page_tokens * sizeof(float);
+    }
 }
 
 ibid_err ibid_engine_open(const ibid_model *m, const ibid_engine_opts *o, ibid_engine **out) {
@@ -112,6 +131,8 @@ ibid_err ibid_engine_open(const ibid_model *m, const ibid_engine_opts *o, ibid_e
         goto done;
     e->n_threads = ibid_pool_size(e->pool);
     e->int8 = o && o->int8 && e->k->matmul_q8;
+    if (e->int8 && (err = ibidi_pack_open(m, o->cache, e->pool, &e->pack))) goto done;
+    plan_pages(e);
     if ((err = open_threads(e))) goto done;
     *out = e;
     e = NULL;
@@ -123,6 +144,7 @@ done:
 void ibid_engine_close(ibid_engine *e) {
     if (!e) return;
     ibid_pool_close(e->pool);
+    ibidi_pack_close(&e->pack);
     ibid_free(e->threads);
     ibid_free(e->thread_block);
     ibid_free(e->row_block);
@@ -298,9 +320,9 @@ static void store_row(ibid_engine *e, size_t row, size_t layer) {
     e->k->rope(m->rope.pairing, k, m->n_kv_heads, dim, m->rope.n_rot, e->rows.cos + row * half,
                e->rows.sin + row * half);
     for (size_t h = 0; h < m->n_kv_heads; h++) {
-        float *to = ibidi_page_keys(p->seq, live / IBIDI_PAGE, layer, h) + live % IBIDI_PAGE * dim;
-        memcpy(to, k + h * dim, dim * sizeof *to);
-        memcpy(to + IBIDI_PAGE * dim, v + h * dim, dim * sizeof *to);
+        ibid_kv_view page = ibidi_page_view(p->seq, live / e->page_tokens, layer, h);
+        ibidi_put_keys(e->k, &page, 0, live % e->page_tokens, k + h * dim);
+        ibidi_put_values(e->k, &page, 0, live % e->page_tokens, v + h * dim);
     }
 }
 
@@ -364,14 +386,22 @@ static bool layer_ends(const ibid_engine *e, size_t layer) {
     return false;
 }
 
+static ibidi_out out_of(const ibid_engine *e, size_t layer, ibidi_weight w, float *y, size_t ldy) {
+    ibidi_out o = {ibidi_layer_weight(&e->m->layers[layer], w), y, ldy, NULL, FINE_ABOVE[w]};
+    if (e->int8) o.panels = &e->pack.layers[layer * IBIDI_WEIGHTS + w];
+    return o;
+}
+
 static void run_layer(ibid_engine *e, size_t layer) {
-    const ibid_layer *w = &e->m->layers[layer];
     ibidi_rows *r = &e->rows;
     bool ends = layer_ends(e, layer);
-    ibidi_out qkv[] = {
-        {&w->wk, r->k, e->kv_dim}, {&w->wv, r->v, e->kv_dim}, {&w->wq, r->q, e->wide}};
-    ibidi_out wo = {&w->wo, r->q, e->wide}, down = {&w->down, r->q, e->wide};
-    ibidi_out ffn[] = {{&w->gate, r->gate, e->m->n_ff}, {&w->up, r->up, e->m->n_ff}};
+    ibidi_out qkv[] = {out_of(e, layer, IBIDI_WK, r->k, e->kv_dim),
+                       out_of(e, layer, IBIDI_WV, r->v, e->kv_dim),
+                       out_of(e, layer, IBIDI_WQ, r->q, e->wide)};
+    ibidi_out wo = out_of(e, layer, IBIDI_WO, r->q, e->wide);
+    ibidi_out ffn[] = {out_of(e, layer, IBIDI_GATE, r->gate, e->m->n_ff),
+                       out_of(e, layer, IBIDI_UP, r->up, e->m->n_ff)};
+    ibidi_out down = out_of(e, layer, IBIDI_DOWN, r->q, e->wide);
 
     ibidi_each_row(e, e->n_rows, start_row, layer);
     ibidi_linear(e, r->h, e->wide, e->n_rows, qkv, ends ? 2 : 3, false);
@@ -400,7 +430,8 @@ static float *logits_of(const ibid_engine *e, size_t row) {
 /* All rows left have their logits wanted. */
 static void run_head(ibid_engine *e) {
     size_t n_vocab = e->m->n_vocab;
-    ibidi_out head = {&e->m->output, NULL, n_vocab};
+    /* Its errors are the logits' own, and bytes are its limit: all groups are fine. */
+    ibidi_out head = {&e->m->output, NULL, n_vocab, e->int8 ? &e->pack.head : NULL, 0};
     ibidi_each_row(e, e->n_rows, start_row, e->m->n_layers);
     if (e->n_pieces == 1) { /* its logits lie side by side */
         head.y = logits_of(e, 0);

@@ -25,10 +25,11 @@ typedef struct ibid_seq ibid_seq;
 typedef struct ibid_engine_opts {
     const char *kernels; /* NULL: the fastest */
     size_t n_threads;    /* 0: physical cores */
-    /* Rounds activations in front of quantised weights to 8 bits when 16 rows or more meet them (as
-     * llama.cpp does for all): two to three times the speed, where the kernels can; otherwise
-     * ignored. Approximate: results then depend, within that rounding, on what shares a batch. */
+    /* Integer arithmetic for quantised weights and for attention, where the kernels can: several
+     * times as fast. Approximate (docs/performance.md has its KL divergence), but as deterministic
+     * as without: a row's result does not depend on what shares its batch. */
     bool int8;
+    const char *cache; /* folder for the weights as int8 wants them; NULL: made at each start */
 } ibid_engine_opts;
 
 ibid_err ibid_engine_open(const ibid_model *m, const ibid_engine_opts *o, ibid_engine **out);

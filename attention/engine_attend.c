@@ -33,7 +33,7 @@ void ibidi_plan_splits(const ibid_engine *e, ibidi_piece *p) {
     if (n_tiles(e, p->step->n) * e->m->n_kv_heads >= IBIDI_FEW_TASKS) return;
     if (context < 2 * IBIDI_SPLIT) return;
     size_t split = (context + IBIDI_SPLITS_MAX - 1) / IBIDI_SPLITS_MAX;
-    p->split = split > IBIDI_SPLIT ? ibid_align_up(split, IBIDI_PAGE) : IBIDI_SPLIT;
+    p->split = split > IBIDI_SPLIT ? ibid_align_up(split, IBIDI_WORD) : IBIDI_SPLIT;
     p->n_splits = (context + p->split - 1) / p->split;
 }
 
@@ -97,21 +97,6 @@ static void gather(const ibid_engine *e, size_t head, size_t row0, size_t n, flo
     }
 }
 
-/* Tokens [t0, t1) of one head as a view of their own; t0 a multiple of 64. */
-static ibid_kv_view slice(const ibid_kv_view *v, size_t head, size_t t0, size_t t1) {
-    static const size_t width[] = {[IBID_KV_F32] = 4, [IBID_KV_F16] = 2, [IBID_KV_Q8_0] = 1};
-    size_t at = (head * v->n_tokens + t0) * v->head_dim;
-    ibid_kv_view out = {
-        .type = v->type, .n_tokens = t1 - t0, .n_kv_heads = 1, .head_dim = v->head_dim};
-    out.k = (const uint8_t *)v->k + at * width[v->type];
-    out.v = (const uint8_t *)v->v + at * width[v->type];
-    if (v->type == IBID_KV_Q8_0) {
-        out.k_scale = v->k_scale + at / 32;
-        out.v_scale = v->v_scale + at / 32;
-    }
-    return out;
-}
-
 /* How many of a segment's tokens from t0 on each query row sees (those at lower positions); false
  * if none sees any. */
 static bool see_segment(const ibidi_seg *g, size_t t0, size_t t1, const ibidi_piece *p, size_t row0,
@@ -139,8 +124,8 @@ static const float *turned(const ibid_engine *e, const ibidi_seg *g, const float
 /* The part of the context's tokens [lo, hi) that lies in a stretch of n tokens beginning at `from`,
  * its ends rounded down to whole words of a mask. */
 static bool overlap(size_t lo, size_t hi, size_t from, size_t n, size_t *t0, size_t *t1) {
-    *t0 = lo > from ? (lo - from) / IBIDI_PAGE * IBIDI_PAGE : 0;
-    *t1 = hi - from >= n ? n : (hi - from) / IBIDI_PAGE * IBIDI_PAGE;
+    *t0 = lo > from ? (lo - from) / IBIDI_WORD * IBIDI_WORD : 0;
+    *t1 = hi - from >= n ? n : (hi - from) / IBIDI_WORD * IBIDI_WORD;
     return *t0 < *t1;
 }
 
@@ -152,39 +137,35 @@ static void attend_segments(ibid_engine *e, const task *t, ibidi_thread *th, siz
         const ibidi_seg *g = &s->segs[i];
         if (from + g->n_tokens <= lo || !overlap(lo, hi, from, g->n_tokens, &t0, &t1)) continue;
         if (!see_segment(g, t0, t1, t->p, t->row0, t->n, e->group, th->visible)) continue;
-        ibid_kv_view view = slice(&g->s.layers[layer], t->head, t0, t1);
+        ibid_kv_view view = ibidi_slice(&g->s.layers[layer], t->head, t0, t1);
         a->kv = &view;
         a->q = turned(e, g, th->q, a->n_rows, th->q_turned);
         a->masked = g->s.masked ? g->s.masked + t0 / 64 : NULL;
-        e->k->attn(a);
+        e->attn(a);
     }
 }
 
 static void attend_live(ibid_engine *e, const task *t, ibidi_thread *th, size_t layer, size_t lo,
                         size_t hi, ibid_attn_args *a) {
     const ibid_seq *s = t->p->seq;
-    size_t dim = e->m->head_dim, end = t->p->end, t0, t1;
+    size_t end = t->p->end, t0, t1;
     if (hi <= s->n_stored || !overlap(lo, hi, s->n_stored, end, &t0, &t1)) return;
     size_t first = s->base + t->p->row0 + t->row0 - t->p->at; /* live number of the task's row 0 */
     if (t1 > first + t->n) t1 = first + t->n; /* what comes after the last row is unseen */
     a->q = th->q;
     a->masked = NULL;
-    for (; t0 < t1; t0 += IBIDI_PAGE) {
-        size_t n = t1 - t0 < IBIDI_PAGE ? t1 - t0 : IBIDI_PAGE;
-        const float *keys = ibidi_page_keys(s, t0 / IBIDI_PAGE, layer, t->head);
-        ibid_kv_view view = {.type = IBID_KV_F32,
-                             .n_tokens = n,
-                             .n_kv_heads = 1,
-                             .head_dim = dim,
-                             .k = keys,
-                             .v = keys + IBIDI_PAGE * dim};
+    for (size_t n; t0 < t1; t0 += n) {
+        size_t from = t0 % e->page_tokens, left = e->page_tokens - from;
+        n = t1 - t0 < left ? t1 - t0 : left;
+        ibid_kv_view page = ibidi_page_view(s, t0 / e->page_tokens, layer, t->head);
+        ibid_kv_view view = ibidi_slice(&page, 0, from, from + n);
         for (size_t r = 0; r < t->n; r++) {
             size_t see = first + r + 1 > t0 ? first + r + 1 - t0 : 0;
             if (see > n) see = n;
             for (size_t g = 0; g < e->group; g++) th->visible[r * e->group + g] = (uint32_t)see;
         }
         a->kv = &view;
-        e->k->attn(a);
+        e->attn(a);
     }
 }
 
@@ -276,7 +257,7 @@ static void probe_range(const probe_job *j, size_t segment, size_t t0, size_t t1
     const ibidi_seg *g = &j->p->seq->segs[segment];
     float *mass = j->p->step->probe->mass[segment] + t0;
     for (size_t h = 0; h < e->m->n_kv_heads; h++) {
-        ibid_kv_view view = slice(&g->s.layers[j->layer], h, t0, t1);
+        ibid_kv_view view = ibidi_slice(&g->s.layers[j->layer], h, t0, t1);
         for (size_t r = 0; r < j->n; r += e->tile_rows) {
             size_t row0 = j->row0 + r, n = j->n - r < e->tile_rows ? j->n - r : e->tile_rows;
             size_t n_chosen = gather_chosen(j, h, row0, n, th);

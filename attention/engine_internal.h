@@ -4,20 +4,24 @@
  *
  * engine.c          opening, checking, scratch, the layers in order, the output head
  * engine_linear.c   weights times activations, split into parts for the pool
+ * engine_pack.c     weights in panels for integer arithmetic, and their file
  * engine_attend.c   attention of a chunk over segments and live rows; attention mass
  * engine_seq.c      sequences: segments, pages of live KV, export */
 #ifndef IBID_ATTENTION_ENGINE_INTERNAL_H
 #define IBID_ATTENTION_ENGINE_INTERNAL_H
 
 #include "attention/engine.h"
+#include "attention/engine_pack.h"
 #include "attention/kernels/pool.h"
 #include "rpc/base/mem.h"
 
 enum {
-    IBIDI_CHUNK = 512, /* rows that pass the layers together */
-    IBIDI_PAGE = 64,   /* live tokens per page: the kernels' key tile, a word of a mask */
-    IBIDI_TILE = 96,   /* query rows (rows x heads of a kv head) an attention part takes */
-    IBIDI_SPLIT = 512, /* least tokens of a split of a long context */
+    IBIDI_CHUNK = 512,   /* rows that pass the layers together */
+    IBIDI_WORD = 64,     /* tokens of a word of a mask: the kernels' key tile */
+    IBIDI_PAGE = 64,     /* live tokens per page of f32 KV */
+    IBIDI_PAGE_I8 = 512, /* and of q8_0: each call of attn_i8 rounds its queries anew */
+    IBIDI_TILE = 96,     /* query rows (rows x heads of a kv head) an attention part takes */
+    IBIDI_SPLIT = 512,   /* least tokens of a split of a long context */
     IBIDI_SPLITS_MAX = 32,
     IBIDI_FEW_TASKS = 16 /* a step with fewer attention parts than this has its context split */
 };
@@ -30,14 +34,15 @@ typedef struct ibidi_seg {
     float *cos, *sin;
 } ibidi_seg;
 
-/* Live KV lies in pages of IBIDI_PAGE tokens over all layers: [layer][kv head][K, V][token][dim],
- * so that growing copies nothing and each (page, layer, head) is a view of its own. */
+/* Live KV lies in pages of page_tokens tokens over all layers: [layer][kv head][K, V][token][dim],
+ * q8_0's scales behind each V, so that growing copies nothing and each (page, layer, head) is a
+ * view of its own. What no token has touched costs no memory. */
 struct ibid_seq {
     ibid_engine *engine;
     ibidi_seg *segs;
     size_t n_segs, seg_room, n_stored; /* n_stored: tokens of all segments */
     uint64_t end;                      /* one past the last stored global position */
-    float **pages;
+    uint8_t **pages;
     size_t n_pages, page_room;
     uint32_t *positions; /* [n_live], ascending */
     size_t n_live, live_room;
@@ -75,7 +80,7 @@ typedef struct ibidi_rows {
     float *gate, *up; /* [n_ff] */
     float *cos, *sin; /* [n_rot / 2] of the row's position */
     float *lse;       /* [n_heads] */
-    uint8_t *packed;  /* a linear layer's input in 8 bits; NULL unless int8 */
+    uint8_t *packed;  /* a linear layer's input as integers; NULL unless int8 */
     size_t room;      /* rows there is space for */
 } ibidi_rows;
 
@@ -84,9 +89,12 @@ struct ibid_engine {
     const ibid_kernels *k;
     ibid_pool *pool;
     bool int8;
+    ibidi_pack pack; /* empty unless int8 */
     size_t n_threads, group, q_dim, kv_dim, wide, tile_rows;
-    float scale; /* 1 / sqrt(head_dim) */
-    size_t page_floats;
+    float scale;            /* 1 / sqrt(head_dim) */
+    ibid_kv_type live_type; /* q8_0 with int8, where head_dim allows it; else f32 */
+    size_t page_tokens, page_bytes;
+    void (*attn)(const ibid_attn_args *a);
 
     ibidi_thread *threads;
     void *thread_block;
@@ -112,17 +120,23 @@ const ibidi_piece *ibidi_piece_of(const ibid_engine *e, size_t row);
 /* engine_seq.c */
 /* Room for n live rows; the sequence is unchanged otherwise. */
 ibid_err ibidi_seq_reserve(ibid_seq *s, size_t n);
-/* K of a live row's page at (layer, kv head), [IBIDI_PAGE, head_dim]; V follows it. */
-static inline float *ibidi_page_keys(const ibid_seq *s, size_t page, size_t layer, size_t head) {
-    const ibid_model *m = s->engine->m;
-    return s->pages[page] + (layer * m->n_kv_heads + head) * 2 * IBIDI_PAGE * m->head_dim;
-}
+/* A page at (layer, kv head) as a view of one head. */
+ibid_kv_view ibidi_page_view(const ibid_seq *s, size_t page, size_t layer, size_t head);
+/* Tokens [t0, t1) of one head as a view of their own; t0 a multiple of 64. */
+ibid_kv_view ibidi_slice(const ibid_kv_view *v, size_t head, size_t t0, size_t t1);
+/* One token of one head of a layer, from f32, into writable planes. */
+void ibidi_put_keys(const ibid_kernels *k, const ibid_kv_view *v, size_t head, size_t token,
+                    const float *src);
+void ibidi_put_values(const ibid_kernels *k, const ibid_kv_view *v, size_t head, size_t token,
+                      const float *src);
 
 /* engine_linear.c */
 typedef struct ibidi_out {
     const ibid_tensor *w;
     float *y;
     size_t ldy;
+    const ibid_panels *panels; /* of w; NULL or without data: f32 arithmetic on w */
+    float fine_above;          /* with panels: how x is rounded (kernels.h, q8_pack) */
 } ibidi_out;
 /* y[o][i, :] = w[o] x[i, :] for i < n; up to 3 matrices with the same input. swiglu: the first two
  * are gate and up, and gate becomes silu(gate) * up. */

@@ -4,8 +4,7 @@
 enum {
     PANEL = 64,     /* weight rows of a part: what the kernels unpack at once */
     PANEL_FEW = 32, /* when weights are streamed for few rows of x */
-    FEW = 4,
-    LEAST_INT8 = 16, /* rows for which packing x pays */
+    FEW = 8,
     LEAST_ROWS = 64, /* of x, in a part: below, unpacking weights would weigh too much */
     PARTS_PER_THREAD = 8,
     ROWS_PER_PART = 8
@@ -17,17 +16,21 @@ typedef struct linear_job {
     size_t ldx, n;
     const ibidi_out *out;
     bool swiglu;
-    const uint8_t *packed; /* x in 8 bits, or NULL */
-    size_t packed_bytes;   /* of a row */
-    size_t panel, n_cuts;  /* of x's rows */
+    bool packed;          /* x as integers, in rows.packed */
+    size_t packed_bytes;  /* of a tile */
+    size_t panel, n_cuts; /* of x's rows */
 } linear_job;
+
+/* Where a cut of x's rows begins: at a tile. */
+static size_t cut_at(const linear_job *j, size_t cut) {
+    return cut == j->n_cuts ? j->n : j->n * cut / j->n_cuts / IBID_Q8_TILE * IBID_Q8_TILE;
+}
 
 static void linear_part(void *arg, size_t part, size_t thread) {
     const linear_job *j = arg;
     const ibid_kernels *k = j->e->k;
-    void *scratch = j->e->threads[thread].matmul;
     size_t cut = part % j->n_cuts, panel = part / j->n_cuts, o = 0;
-    size_t i0 = j->n * cut / j->n_cuts, n = j->n * (cut + 1) / j->n_cuts - i0;
+    size_t i0 = cut_at(j, cut), n = cut_at(j, cut + 1) - i0;
     for (;; o++) { /* which matrix, which of its panels */
         size_t n_panels = (j->out[o].w->rows + j->panel - 1) / j->panel;
         if (panel < n_panels) break;
@@ -39,9 +42,11 @@ static void linear_part(void *arg, size_t part, size_t thread) {
         const ibidi_out *out = &j->out[w];
         float *y = out->y + i0 * out->ldy;
         if (j->packed)
-            k->matmul_q8(out->w, r0, r1, j->packed + i0 * j->packed_bytes, n, y, out->ldy, scratch);
+            k->matmul_q8(out->panels, r0, r1,
+                         j->e->rows.packed + i0 / IBID_Q8_TILE * j->packed_bytes, n, y, out->ldy);
         else
-            k->matmul(out->w, r0, r1, j->x + i0 * j->ldx, j->ldx, n, y, out->ldy, scratch);
+            k->matmul(out->w, r0, r1, j->x + i0 * j->ldx, j->ldx, n, y, out->ldy,
+                      j->e->threads[thread].matmul);
     }
     if (!j->swiglu) return;
     for (size_t i = i0; i < i0 + n; i++) {
@@ -52,24 +57,20 @@ static void linear_part(void *arg, size_t part, size_t thread) {
 
 static void pack_part(void *arg, size_t part, size_t thread) {
     const linear_job *j = arg;
-    size_t i = part * ROWS_PER_PART, n = j->n - i < ROWS_PER_PART ? j->n - i : ROWS_PER_PART;
+    size_t i = part * IBID_Q8_TILE, n = j->n - i < IBID_Q8_TILE ? j->n - i : IBID_Q8_TILE;
     (void)thread;
-    j->e->k->q8_pack(j->x + i * j->ldx, j->ldx, n, j->out[0].w->cols,
-                     j->e->rows.packed + i * j->packed_bytes);
+    j->e->k->q8_pack(j->x + i * j->ldx, j->ldx, n, j->out[0].w->cols, j->out[0].fine_above,
+                     j->e->rows.packed + part * j->packed_bytes);
 }
 
-static bool is_quantised(ibid_type t) {
-    return t == IBID_Q4_0 || t == IBID_Q4_1 || t == IBID_Q8_0;
-}
-
+/* Whatever the number of rows, so that a row's result does not depend on what shares its batch. */
 static void pack(linear_job *j, size_t n_out) {
-    if (!j->e->int8 || j->n < LEAST_INT8) return;
     for (size_t i = 0; i < n_out; i++) {
-        if (!is_quantised(j->out[i].w->type)) return;
+        if (!j->out[i].panels || !j->out[i].panels->data) return;
     }
-    j->packed = j->e->rows.packed;
+    j->packed = true;
     j->packed_bytes = j->e->k->q8_bytes(j->out[0].w->cols);
-    ibid_pool_run(j->e->pool, (j->n + ROWS_PER_PART - 1) / ROWS_PER_PART, pack_part, j);
+    ibid_pool_run(j->e->pool, (j->n + IBID_Q8_TILE - 1) / IBID_Q8_TILE, pack_part, j);
 }
 
 void ibidi_linear(ibid_engine *e, const float *x, size_t ldx, size_t n, const ibidi_out *o,

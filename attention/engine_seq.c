@@ -24,14 +24,14 @@ static ibid_err grow(void **p, size_t *room, size_t n, size_t size) {
 }
 
 ibid_err ibidi_seq_reserve(ibid_seq *s, size_t n) {
-    size_t n_pages = n / IBIDI_PAGE + (n % IBIDI_PAGE != 0);
+    size_t each = s->engine->page_tokens, n_pages = n / each + (n % each != 0);
     ibid_err err = grow((void **)&s->positions, &s->live_room, n, sizeof *s->positions);
     if (!err) err = grow((void **)&s->pages, &s->page_room, n_pages, sizeof *s->pages);
     while (!err && s->n_pages < n_pages) {
-        float *page = ibid_alloc_aligned(64, s->engine->page_floats * sizeof *page);
+        uint8_t *page = ibid_alloc_aligned(64, s->engine->page_bytes);
         if (!page) {
             err = ibid_fail(IBID_NOMEM, "no memory for the KV of %zu rows (%zu bytes each)", n,
-                            s->engine->page_floats * sizeof *page / IBIDI_PAGE);
+                            s->engine->page_bytes / each);
         } else {
             s->pages[s->n_pages++] = page;
         }
@@ -125,21 +125,86 @@ static ibid_err check_rows(const ibid_seq *s, size_t layer, size_t row0, size_t 
                      n, layer, s->n_live);
 }
 
-typedef struct planes {
-    const ibid_kv_view *view;
-    bool values;
-} planes;
+static const size_t width[] = {[IBID_KV_F32] = 4, [IBID_KV_F16] = 2, [IBID_KV_Q8_0] = 1};
 
-/* One token of one head into the K or V plane. */
-static void put_row(const ibid_kernels *k, planes p, size_t head, size_t token, const float *src) {
-    const ibid_kv_view *v = p.view;
-    static const size_t width[] = {[IBID_KV_F32] = 4, [IBID_KV_F16] = 2, [IBID_KV_Q8_0] = 1};
+ibid_kv_view ibidi_page_view(const ibid_seq *s, size_t page, size_t layer, size_t head) {
+    const ibid_engine *e = s->engine;
+    size_t n = e->page_tokens, dim = e->m->head_dim;
+    size_t plane = n * dim * width[e->live_type];
+    const uint8_t *k = s->pages[page] + (layer * e->m->n_kv_heads + head) *
+                                            (e->page_bytes / (e->m->n_layers * e->m->n_kv_heads));
+    ibid_kv_view v = {.type = e->live_type, .n_tokens = n, .n_kv_heads = 1, .head_dim = dim};
+    v.k = k;
+    v.v = k + plane;
+    if (v.type == IBID_KV_Q8_0) {
+        v.k_scale = (const uint16_t *)(const void *)(k + 2 * plane);
+        v.v_scale = v.k_scale + n * dim / 32;
+    }
+    return v;
+}
+
+ibid_kv_view ibidi_slice(const ibid_kv_view *v, size_t head, size_t t0, size_t t1) {
+    size_t at = (head * v->n_tokens + t0) * v->head_dim;
+    ibid_kv_view out = {
+        .type = v->type, .n_tokens = t1 - t0, .n_kv_heads = 1, .head_dim = v->head_dim};
+    out.k = (const uint8_t *)v->k + at * width[v->type];
+    out.v = (const uint8_t *)v->v + at * width[v->type];
+    if (v->type == IBID_KV_Q8_0) {
+        out.k_scale = v->k_scale + at / 32;
+        out.v_scale = v->v_scale + at / 32;
+    }
+    return out;
+}
+
+/* One token of one head in a plane and its scales. */
+typedef struct place {
+    uint8_t *at;
+    uint16_t *scale;
+} place;
+
+/* Whoever writes prepared writable planes; views are const because readers share them. */
+static place place_of(const ibid_kv_view *v, bool values, size_t head, size_t token) {
     size_t at = (head * v->n_tokens + token) * v->head_dim;
-    /* The caller prepared writable planes; views are const because readers share them. */
-    uint8_t *plane = (uint8_t *)(uintptr_t)(p.values ? v->v : v->k);
-    uint16_t *scale = (uint16_t *)(uintptr_t)(p.values ? v->v_scale : v->k_scale);
-    k->kv_pack(v->type, src, v->head_dim, plane + at * width[v->type],
-               v->type == IBID_KV_Q8_0 ? scale + at / 32 : NULL);
+    place p = {.at = (uint8_t *)(uintptr_t)(values ? v->v : v->k) + at * width[v->type]};
+    if (v->type == IBID_KV_Q8_0)
+        p.scale = (uint16_t *)(uintptr_t)(values ? v->v_scale : v->k_scale) + at / 32;
+    return p;
+}
+
+void ibidi_put_keys(const ibid_kernels *k, const ibid_kv_view *v, size_t head, size_t token,
+                    const float *src) {
+    place p = place_of(v, false, head, token);
+    k->kv_pack(v->type, src, v->head_dim, p.at, p.scale);
+}
+
+void ibidi_put_values(const ibid_kernels *k, const ibid_kv_view *v, size_t head, size_t token,
+                      const float *src) {
+    place p = place_of(v, true, head, token);
+    k->kv_pack(v->type, src, v->head_dim, p.at, p.scale);
+}
+
+/* K of a live row at (layer, kv head) in f32. */
+static void live_keys(const ibid_seq *s, size_t row, size_t layer, size_t head, float *out) {
+    const ibid_engine *e = s->engine;
+    ibid_kv_view page = ibidi_page_view(s, row / e->page_tokens, layer, head);
+    place p = place_of(&page, false, 0, row % e->page_tokens);
+    e->k->kv_unpack(page.type, p.at, p.scale, page.head_dim, out);
+}
+
+/* A live row's K or V to a token of a view, as it is where the types agree. */
+static void export_row(const ibid_seq *s, size_t row, size_t layer, size_t head, bool values,
+                       const ibid_kv_view *view, size_t token, float *space) {
+    const ibid_engine *e = s->engine;
+    ibid_kv_view page = ibidi_page_view(s, row / e->page_tokens, layer, head);
+    place from = place_of(&page, values, 0, row % e->page_tokens);
+    place to = place_of(view, values, head, token);
+    if (page.type != view->type) {
+        e->k->kv_unpack(page.type, from.at, from.scale, view->head_dim, space);
+        e->k->kv_pack(view->type, space, view->head_dim, to.at, to.scale);
+        return;
+    }
+    memcpy(to.at, from.at, view->head_dim * width[view->type]);
+    if (to.scale) memcpy(to.scale, from.scale, view->head_dim / 32 * sizeof *to.scale);
 }
 
 ibid_err ibid_seq_export(const ibid_seq *s, size_t layer, size_t row0, size_t n, uint64_t shift,
@@ -163,12 +228,14 @@ ibid_err ibid_seq_export(const ibid_seq *s, size_t layer, size_t row0, size_t n,
     ibidi_rope_table(&m->rope, shift, -1, c, sn);
     for (size_t h = 0; h < m->n_kv_heads; h++) {
         for (size_t j = 0; j < n; j++) {
-            size_t r = row0 + j;
-            const float *key = ibidi_page_keys(s, r / IBIDI_PAGE, layer, h) + r % IBIDI_PAGE * dim;
-            memcpy(row, key, dim * sizeof *row);
-            if (shift) e->k->rope(m->rope.pairing, row, 1, dim, n_rot, c, sn);
-            put_row(e->k, (planes){view, false}, h, j, row);
-            put_row(e->k, (planes){view, true}, h, j, key + IBIDI_PAGE * dim);
+            export_row(s, row0 + j, layer, h, true, view, j, row);
+            if (!shift) {
+                export_row(s, row0 + j, layer, h, false, view, j, row);
+                continue;
+            }
+            live_keys(s, row0 + j, layer, h, row);
+            e->k->rope(m->rope.pairing, row, 1, dim, n_rot, c, sn);
+            ibidi_put_keys(e->k, view, h, j, row);
         }
     }
     ibid_free(row);
@@ -188,9 +255,7 @@ ibid_err ibid_seq_raw_keys(const ibid_seq *s, size_t layer, size_t kv_head, size
     if (!c) return ibid_fail(IBID_NOMEM, "no memory for raw keys");
     for (size_t j = 0; j < n; j++) {
         size_t r = row0 + j;
-        const float *key =
-            ibidi_page_keys(s, r / IBIDI_PAGE, layer, kv_head) + r % IBIDI_PAGE * dim;
-        memcpy(out + j * dim, key, dim * sizeof *out);
+        live_keys(s, r, layer, kv_head, out + j * dim);
         ibidi_rope_table(&m->rope, s->positions[r], -1, c, c + n_rot / 2);
         e->k->rope(m->rope.pairing, out + j * dim, 1, dim, n_rot, c, c + n_rot / 2);
     }
@@ -207,7 +272,6 @@ ibid_err ibid_engine_stored_keys(const ibid_engine *e, const ibid_kv_view *kv, u
                          "kv head %zu of stored KV of %zu heads of %zu; the model has "
                          "%zu of %zu",
                          kv_head, kv->n_kv_heads, kv->head_dim, m->n_kv_heads, dim);
-    static const size_t width[] = {[IBID_KV_F32] = 4, [IBID_KV_F16] = 2, [IBID_KV_Q8_0] = 1};
     size_t at = kv_head * kv->n_tokens * dim;
     float *c = ibid_alloc((n_rot + 1) * sizeof *c);
     if (!c) return ibid_fail(IBID_NOMEM, "no memory for raw keys");

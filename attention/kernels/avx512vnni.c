@@ -4,14 +4,5 @@
 
 #include "attention/kernels/simd.h"
 
-#include "attention/kernels/simd_q8.h"
-
 const ibid_kernels ibidi_kernels_avx512vnni = {
-    .name = "avx512vnni",
-    .supported = ibidi_cpu_avx512vnni,
-    SIMD_ENTRIES,
-    .q8_bytes = q8_bytes,
-    .q8_pack = simd_q8_pack,
-    .matmul_q8 = simd_matmul_q8,
-    .matmul_q8_scratch = simd_matmul_q8_scratch,
-};
+    .name = "avx512vnni", .supported = ibidi_cpu_avx512vnni, SIMD_ENTRIES};

@@ -14,10 +14,13 @@
 #ifndef IBID_ATTENTION_KERNELS_H
 #define IBID_ATTENTION_KERNELS_H
 
+#include "attention/kernels/panel.h"
 #include "attention/tensor.h"
 #include "rpc/base/err.h"
 
 #include <stdbool.h>
+
+enum { IBID_Q8_TILE = 8 };
 
 /* Running state of exact softmax attention for one query row of one head (online softmax,
  * arXiv:1805.02867). Start: max = -INFINITY, sum = 0, acc all 0. Seeing more keys, in any order and
@@ -64,6 +67,11 @@ typedef struct ibid_kernels {
     void (*swiglu)(float *gate, const float *up, size_t n);
     void (*add)(float *x, const float *y, size_t n); /* x += y */
     void (*attn)(const ibid_attn_args *a);
+    /* Optional: attn in integers for q8_0 KV with head_dim a multiple of 32, up to 256 (what else
+     * it is given goes to attn); two to three times as fast. Approximate: queries are rounded to
+     * int8 per 32 dimensions (multiples of max|q| / 127), weights to 8 bits, or to 16 where few
+     * tokens hold most of the weight. Grouping changes no bit here either. */
+    void (*attn_i8)(const ibid_attn_args *a);
     /* mass[t] += exp(q_r . k_t - lse[r]) over rows r and the tokens each may see: the attention
      * each token finally got, where lse[r] = log(sum) + max of the finished row. state and acc
      * unused. */
@@ -79,20 +87,20 @@ typedef struct ibid_kernels {
     void (*maxsim_i8)(const int8_t *q, size_t n_q, const int8_t *k, size_t n_keys, size_t dim,
                       int32_t *best, uint32_t *arg);
 
-    /* Optional, all NULL or none: matmul with activations rounded to int8, for quantised weight
-     * types and n of some 16 or more, where it is two to three times as fast. Approximate: each
-     * group of 32 values of x is rounded to multiples of d = max|x| / 127, so y[i, r] is off by at
-     * most sum_c |w[r, c]| d(i, c) / 2, besides rounding in f32. Grouping changes no bit here
-     * either.
+    /* Optional, all NULL or none: matmul of quantised weights in panels (panel.h) with activations
+     * rounded to integers; several times as fast. Approximate: each group of 32 values of x is
+     * rounded to multiples of d = max|x| / 127, or of d / 128 if the group is fine, so y[i, r] is
+     * off by at most sum_c |w[r, c]| d(i, c) / 2, besides rounding in f32. Fine are the groups of a
+     * row whose max|x| is fine_above times the root mean square of all its groups' or more: 0 for
+     * all, INFINITY for none. Grouping changes no bit here either.
      *
-     * q8_pack turns rows of x into q8_bytes(cols) bytes each, row i at xq + i * q8_bytes(cols); xq
-     * 64-byte aligned, cols a multiple of 32. matmul_q8 as matmul, on such rows; scratch: at least
-     * matmul_q8_scratch(cols) bytes, 64-byte aligned, one per thread. */
+     * q8_pack turns n rows of x into tiles of IBID_Q8_TILE rows, q8_bytes(cols) bytes each, row i
+     * in tile i / IBID_Q8_TILE; xq 64-byte aligned, cols a multiple of 32. matmul_q8 as matmul on
+     * such tiles, the first n rows of them, for rows [row0, row1) of w, row0 a multiple of 16. */
     size_t (*q8_bytes)(size_t cols);
-    void (*q8_pack)(const float *x, size_t ldx, size_t n, size_t cols, void *xq);
-    void (*matmul_q8)(const ibid_tensor *w, size_t row0, size_t row1, const void *xq, size_t n,
-                      float *y, size_t ldy, void *scratch);
-    size_t (*matmul_q8_scratch)(size_t cols);
+    void (*q8_pack)(const float *x, size_t ldx, size_t n, size_t cols, float fine_above, void *xq);
+    void (*matmul_q8)(const ibid_panels *w, size_t row0, size_t row1, const void *xq, size_t n,
+                      float *y, size_t ldy);
 } ibid_kernels;
 
 /* into = into + other, both states of the same row over disjoint keys. */

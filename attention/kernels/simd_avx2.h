@@ -209,10 +209,123 @@ INLINE void vi_transpose(vi m[8]) {
     for (int c = 0; c < 8; c++) m[c] = t[c];
 }
 
-/* For simd_maxsim.h. */
 INLINE vi vi_set1(int32_t i) {
     return _mm256_set1_epi32(i);
 }
+
+/* For simd_q8.h. */
+enum {
+    Q8_ROWS = 4,    /* rows of x a tile takes */
+    Q8_AHEAD = 2048 /* bytes of weights fetched ahead of use */
+};
+INLINE vi vi_add(vi a, vi b) {
+    return _mm256_add_epi32(a, b);
+}
+INLINE vi vi_sub(vi a, vi b) {
+    return _mm256_sub_epi32(a, b);
+}
+INLINE vi vi_sll(vi a, unsigned n) {
+    return _mm256_slli_epi32(a, (int)n);
+}
+INLINE int32_t vi_hsum(vi a) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+/* To nearest even. */
+INLINE vi vi_round(vf v) {
+    return _mm256_cvtps_epi32(v);
+}
+INLINE vf vi_to_float(vi v) {
+    return _mm256_cvtepi32_ps(v);
+}
+/* Lanes within [-128, 127], a byte each. */
+INLINE void vi_store_i8(int8_t *p, vi v) {
+    __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storel_epi64((__m128i *)(void *)p, _mm_packs_epi16(w, w));
+}
+/* The low and the high four bits of each byte. */
+INLINE vi vi_low4(vi v) {
+    return _mm256_and_si256(v, _mm256_set1_epi8(15));
+}
+INLINE vi vi_high4(vi v) {
+    return vi_low4(_mm256_srli_epi16(v, 4));
+}
+/* acc + the sum of four products of unsigned by signed bytes; q8_dp_small: u below 16. */
+#ifdef IBIDI_VNNI
+INLINE vi vi_dpbusd(vi acc, vi u, vi x) {
+    return _mm256_dpbusd_avx_epi32(acc, u, x);
+}
+INLINE vi q8_dp(vi acc, vi u, vi x) {
+    return vi_dpbusd(acc, u, x);
+}
+INLINE vi q8_dp_small(vi acc, vi u, vi x) {
+    return vi_dpbusd(acc, u, x);
+}
+#else
+INLINE vi q8_dp_small(vi acc, vi u, vi x) {
+    vi pairs = _mm256_maddubs_epi16(u, x);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+/* Pairs of products of full bytes would saturate 16 bits: by nibbles. */
+INLINE vi q8_dp(vi acc, vi u, vi x) {
+    vi low = _mm256_maddubs_epi16(vi_low4(u), x), high = _mm256_maddubs_epi16(vi_high4(u), x);
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+}
+#endif
+
+/* For simd_attn_q8.h. */
+/* 2^x, relative error below 8e-5, for x <= 0; 0 below -100. */
+INLINE vf v_exp2_low(vf x) {
+    const vf low = _mm256_set1_ps(-100.0f);
+    vf tiny = _mm256_cmp_ps(x, low, _CMP_LT_OQ);
+    x = _mm256_max_ps(x, low);
+    vf n = _mm256_floor_ps(x), r = _mm256_sub_ps(x, n);
+    vf p = v_fma(v_set1(0.0780245215f), r, v_set1(0.2260671556f));
+    p = v_fma(p, r, v_set1(0.6958335042f));
+    p = v_fma(p, r, v_set1(0.9999251962f));
+    vi bits =
+        _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23));
+    return _mm256_andnot_ps(tiny, _mm256_castsi256_ps(bits));
+}
+/* The even and the odd lanes of a and b. */
+INLINE void v_unzip(vf a, vf b, vf *even, vf *odd) {
+    __m256d e = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));
+    __m256d o = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
+    *even = _mm256_castpd_ps(_mm256_permute4x64_pd(e, 0xd8));
+    *odd = _mm256_castpd_ps(_mm256_permute4x64_pd(o, 0xd8));
+}
+/* Signed bytes to unsigned ones, + 128. */
+INLINE vi vi_flip_signs(vi v) {
+    return _mm256_xor_si256(v, _mm256_set1_epi8((char)0x80));
+}
+/* Rows of VL * 4 bytes to vectors whose lanes hold a byte of each row, columns in order. */
+INLINE void vi_quads(vi m[4]) {
+    const vi at = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    for (int i = 0; i < 4; i++) m[i] = _mm256_permutevar8x32_epi32(m[i], at);
+    vi l01 = _mm256_unpacklo_epi8(m[0], m[1]), h01 = _mm256_unpackhi_epi8(m[0], m[1]);
+    vi l23 = _mm256_unpacklo_epi8(m[2], m[3]), h23 = _mm256_unpackhi_epi8(m[2], m[3]);
+    m[0] = _mm256_unpacklo_epi16(l01, l23);
+    m[1] = _mm256_unpackhi_epi16(l01, l23);
+    m[2] = _mm256_unpacklo_epi16(h01, h23);
+    m[3] = _mm256_unpackhi_epi16(h01, h23);
+}
+/* Lanes to unsigned bytes, those out of range to the nearest. The four bytes at 4 * (4i + j) are
+ * lanes 4i .. 4i + 3 of n[j]. */
+INLINE void vi_pack_bytes(const vi n[4], uint8_t *to) {
+    vi a = _mm256_packus_epi32(n[0], n[1]), b = _mm256_packus_epi32(n[2], n[3]);
+    vi_store(to, _mm256_packus_epi16(a, b));
+}
+/* The same of 16 bits: their high and low bytes. */
+INLINE void vi_pack_halves(const vi n[4], uint8_t *high, uint8_t *low) {
+    const vi byte = _mm256_set1_epi16(255);
+    vi a = _mm256_packus_epi32(n[0], n[1]), b = _mm256_packus_epi32(n[2], n[3]);
+    vi_store(high, _mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8)));
+    vi_store(low, _mm256_packus_epi16(_mm256_and_si256(a, byte), _mm256_and_si256(b, byte)));
+}
+
+/* For simd_maxsim.h. */
 INLINE vi vi_max(vi a, vi b) {
     return _mm256_max_epi32(a, b);
 }

@@ -204,10 +204,111 @@ INLINE void vi_transpose(vi m[16]) {
     }
 }
 
-/* For simd_maxsim.h. */
 INLINE vi vi_set1(int32_t i) {
     return _mm512_set1_epi32(i);
 }
+
+/* For simd_q8.h. */
+enum {
+    Q8_ROWS = 8,    /* rows of x a tile takes */
+    Q8_AHEAD = 2048 /* bytes of weights fetched ahead of use */
+};
+INLINE vi vi_add(vi a, vi b) {
+    return _mm512_add_epi32(a, b);
+}
+INLINE vi vi_sub(vi a, vi b) {
+    return _mm512_sub_epi32(a, b);
+}
+INLINE vi vi_sll(vi a, unsigned n) {
+    return _mm512_slli_epi32(a, n);
+}
+INLINE int32_t vi_hsum(vi a) {
+    return _mm512_reduce_add_epi32(a);
+}
+/* To nearest even. */
+INLINE vi vi_round(vf v) {
+    return _mm512_cvtps_epi32(v);
+}
+INLINE vf vi_to_float(vi v) {
+    return _mm512_cvtepi32_ps(v);
+}
+/* Lanes within [-128, 127], a byte each. */
+INLINE void vi_store_i8(int8_t *p, vi v) {
+    _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(v));
+}
+/* The low and the high four bits of each byte. */
+INLINE vi vi_low4(vi v) {
+    return _mm512_and_si512(v, _mm512_set1_epi8(15));
+}
+INLINE vi vi_high4(vi v) {
+    return vi_low4(_mm512_srli_epi16(v, 4));
+}
+/* acc + the sum of four products of unsigned by signed bytes; q8_dp_small: u below 16. */
+#ifdef IBIDI_VNNI
+INLINE vi q8_dp(vi acc, vi u, vi x) {
+    return _mm512_dpbusd_epi32(acc, u, x);
+}
+INLINE vi q8_dp_small(vi acc, vi u, vi x) {
+    return _mm512_dpbusd_epi32(acc, u, x);
+}
+#else
+INLINE vi q8_dp_small(vi acc, vi u, vi x) {
+    vi pairs = _mm512_maddubs_epi16(u, x);
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+/* Pairs of products of full bytes would saturate 16 bits: by nibbles. */
+INLINE vi q8_dp(vi acc, vi u, vi x) {
+    vi low = _mm512_maddubs_epi16(vi_low4(u), x), high = _mm512_maddubs_epi16(vi_high4(u), x);
+    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(low, _mm512_set1_epi16(1)));
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(high, _mm512_set1_epi16(16)));
+}
+#endif
+
+/* For simd_attn_q8.h. */
+/* 2^x, relative error below 8e-5, for x from -infinity (0) to 0. */
+INLINE vf v_exp2_low(vf x) {
+    vf r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x - floor(x) */
+    vf p = v_fma(v_set1(0.0780245215f), r, v_set1(0.2260671556f));
+    p = v_fma(p, r, v_set1(0.6958335042f));
+    p = v_fma(p, r, v_set1(0.9999251962f));
+    return _mm512_scalef_ps(p, x); /* by 2^floor(x) */
+}
+/* The even and the odd lanes of a and b. */
+INLINE void v_unzip(vf a, vf b, vf *even, vf *odd) {
+    const vi at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    *even = _mm512_permutex2var_ps(a, at, b);
+    *odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(at, _mm512_set1_epi32(1)), b);
+}
+/* Signed bytes to unsigned ones, + 128. */
+INLINE vi vi_flip_signs(vi v) {
+    return _mm512_xor_si512(v, _mm512_set1_epi8((char)0x80));
+}
+/* Rows of VL * 4 bytes to vectors whose lanes hold a byte of each row, columns in order. */
+INLINE void vi_quads(vi m[4]) {
+    const vi at = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int i = 0; i < 4; i++) m[i] = _mm512_permutexvar_epi32(at, m[i]);
+    vi l01 = _mm512_unpacklo_epi8(m[0], m[1]), h01 = _mm512_unpackhi_epi8(m[0], m[1]);
+    vi l23 = _mm512_unpacklo_epi8(m[2], m[3]), h23 = _mm512_unpackhi_epi8(m[2], m[3]);
+    m[0] = _mm512_unpacklo_epi16(l01, l23);
+    m[1] = _mm512_unpackhi_epi16(l01, l23);
+    m[2] = _mm512_unpacklo_epi16(h01, h23);
+    m[3] = _mm512_unpackhi_epi16(h01, h23);
+}
+/* Lanes to unsigned bytes, those out of range to the nearest. The four bytes at 4 * (4i + j) are
+ * lanes 4i .. 4i + 3 of n[j]. */
+INLINE void vi_pack_bytes(const vi n[4], uint8_t *to) {
+    vi a = _mm512_packus_epi32(n[0], n[1]), b = _mm512_packus_epi32(n[2], n[3]);
+    vi_store(to, _mm512_packus_epi16(a, b));
+}
+/* The same of 16 bits: their high and low bytes. */
+INLINE void vi_pack_halves(const vi n[4], uint8_t *high, uint8_t *low) {
+    const vi byte = _mm512_set1_epi16(255);
+    vi a = _mm512_packus_epi32(n[0], n[1]), b = _mm512_packus_epi32(n[2], n[3]);
+    vi_store(high, _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8)));
+    vi_store(low, _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte)));
+}
+
+/* For simd_maxsim.h. */
 INLINE vi vi_max(vi a, vi b) {
     return _mm512_max_epi32(a, b);
 }

@@ -1,165 +1,203 @@
-/* int8 activations against quantised weights by VNNI; for the avx512vnni backend only.
+/* Template: activations rounded to integers, against panels of quantised weights (panel.h).
  *
- * Every type's weight is d * u + m with u an unsigned byte: Q4_1 as stored, Q4_0 with m = -8 d,
- * Q8_0 with u = q + 128 and m = -128 d. For x = dx * qx over a group of 32 columns, sum w x = d dx
- * sum(u qx) + m dx sum(qx), the first sum exact in int32, the last known per row of x. A panel of
- * 32 weight rows is repacked once per call so that one vector holds four columns of 16 rows: 8
- * products cover a group, and no sums across lanes are needed. Each output adds up its groups in
- * column order, whatever the grouping. */
+ * A group of 32 values of x is d (q + r / 128), q of 8 bits; r, of 8 bits too, only where the group
+ * is fine, and 0 elsewhere. With weights dw u + m, sum w x = dw d sum(u q) + m d sum(q): the first
+ * sum is exact in int32, the last known per row of x. Weights without an offset of their own start
+ * the first sum at -zero * sum(q) instead, exactly too. Each output adds up its groups in column
+ * order, so that it depends on its row of x and of w only; that a tile goes through r for all its
+ * rows if one of them is fine there changes no bit of the others.
+ *
+ * Which groups are fine: the error of a group grows with its largest value, and a few channels of a
+ * transformer's activations are ten and more times as large as the rest. Two planes for the one
+ * group in seven that has them cost a tenth of the time and take away three quarters of the KL
+ * divergence (docs/performance.md). */
 #include "attention/kernels/internal.h"
+#include "attention/kernels/panel.h"
 
-enum { Q8_ROWS = 6, Q8_PANEL = 32 };
+/* Rows of x go by tiles of 8, so that a kernel finds all rows of a group at fixed distances. Rows
+ * that a tile lacks are not read, but for their `fine`. */
+enum { Q8_TILE = IBID_Q8_TILE };
 
-/* A row of x: qx [cols], then dx and dx * sum(qx) [cols / 32] each. */
-static size_t q8_bytes(size_t cols) {
-    return (cols + cols / 32 * 2 * sizeof(float) + 63) & ~(size_t)63;
+typedef struct q8_x {
+    int8_t *q, *r;  /* [groups, 8 rows, 32] */
+    float *d, *sum; /* [groups, 8]: sum = d * sum(q + r / 128) */
+    int32_t *isum;  /* [groups, 2, 8]: of 128 q + r, the first and the last 16 columns */
+    uint8_t *fine;  /* [groups, 8] */
+} q8_x;
+
+static size_t simd_q8_bytes(size_t cols) {
+    return (cols / 32 * (size_t)Q8_TILE * (32 + 32 + 4 + 4 + 8 + 1) + 63) & ~(size_t)63;
 }
 
-INLINE void q8_pack_group(const float *x, int8_t *q, float *d, float *dsum) {
-    vf a = v_load(x), b = v_load(x + 16);
-    float max = v_hmax(v_max(v_abs(a), v_abs(b)));
-    float scale = max / 127, inverse = scale > 0 ? 127 / max : 0;
-    if (!(inverse < INFINITY)) inverse = scale = 0; /* all below about 1e-37: nothing to keep */
-    vi ia = _mm512_cvtps_epi32(v_mul(a, v_set1(inverse)));
-    vi ib = _mm512_cvtps_epi32(v_mul(b, v_set1(inverse)));
-    _mm_storeu_si128((__m128i *)(void *)q, _mm512_cvtepi32_epi8(ia));
-    _mm_storeu_si128((__m128i *)(void *)(q + 16), _mm512_cvtepi32_epi8(ib));
-    *d = scale;
-    *dsum = scale * (float)_mm512_reduce_add_epi32(_mm512_add_epi32(ia, ib));
+INLINE q8_x q8_at(const void *tile, size_t cols) {
+    size_t n = cols / 32 * Q8_TILE;
+    q8_x x = {.q = (int8_t *)(uintptr_t)tile};
+    x.r = x.q + 32 * n;
+    x.d = (float *)(void *)(x.r + 32 * n);
+    x.sum = x.d + n;
+    x.isum = (int32_t *)(void *)(x.sum + n);
+    x.fine = (uint8_t *)(x.isum + 2 * n);
+    return x;
 }
 
-static void simd_q8_pack(const float *x, size_t ldx, size_t n, size_t cols, void *xq) {
-    for (size_t i = 0; i < n; i++) {
-        int8_t *q = (int8_t *)xq + i * q8_bytes(cols);
-        float *d = (float *)(void *)(q + cols);
-        for (size_t g = 0; g < cols / 32; g++) {
-            q8_pack_group(x + i * ldx + 32 * g, q + 32 * g, d + g, d + cols / 32 + g);
-        }
+INLINE float q8_top(const float *x) {
+    vf max = v_zero();
+    for (int i = 0; i < 32; i += VL) max = v_max(max, v_abs(v_load(x + i)));
+    return v_hmax(max);
+}
+
+/* at: which row of which group of the tile. */
+INLINE void q8_pack_group(const float *v, float top, bool fine, const q8_x *x, size_t g, size_t i) {
+    size_t at = g * Q8_TILE + i;
+    float d = top / 127, inverse = d > 0 ? 127 / top : 0;
+    if (!(inverse < INFINITY)) inverse = d = 0; /* all below about 1e-37: nothing to keep */
+    vi sum[2] = {vi_set1(0), vi_set1(0)};
+    for (int c = 0; c < 32; c += VL) {
+        vf w = v_mul(v_load(v + c), v_set1(inverse));
+        vi high = vi_round(w), low = vi_set1(0);
+        if (fine) low = vi_round(v_mul(v_sub(w, vi_to_float(high)), v_set1(128)));
+        vi_store_i8(x->q + 32 * at + c, high);
+        vi_store_i8(x->r + 32 * at + c, low);
+        sum[c / 16] = vi_add(sum[c / 16], vi_add(vi_sll(high, 7), low));
+    }
+    int32_t first = vi_hsum(sum[0]), last = vi_hsum(sum[1]);
+    x->d[at] = d;
+    x->sum[at] = d * ((float)(first + last) / 128);
+    x->isum[2 * g * Q8_TILE + i] = first;
+    x->isum[(2 * g + 1) * Q8_TILE + i] = last;
+    x->fine[at] = fine;
+}
+
+static void q8_pack_row(const float *v, size_t cols, float fine_above, const q8_x *x, size_t i) {
+    float squares = 0;
+    for (size_t g = 0; g < cols / 32; g++) {
+        float top = q8_top(v + 32 * g);
+        x->d[g * Q8_TILE + i] = top;
+        squares += top * top;
+    }
+    float least = fine_above * sqrtf(squares / (float)(cols / 32));
+    for (size_t g = 0; g < cols / 32; g++) {
+        float top = x->d[g * Q8_TILE + i];
+        q8_pack_group(v + 32 * g, top, !(top < least), x, g, i);
     }
 }
 
-typedef struct q8_panel {
-    uint8_t *u;     /* [cols / 4, 32 rows, 4] */
-    float (*d)[32]; /* [cols / 32, 32 rows] */
-    float (*m)[32];
-} q8_panel;
-
-static size_t simd_matmul_q8_scratch(size_t cols) {
-    return Q8_PANEL * cols + cols / 32 * 2 * sizeof(float[32]);
-}
-
-/* The u of two groups from group g of a row, or of the last one and anything. */
-INLINE vi q8_unsigned(ibid_type type, const uint8_t *row, size_t g, bool half) {
-    size_t g1 = half ? g : g + 1;
-    if (type == IBID_Q8_0) {
-        const uint8_t *a = row + g * IBIDI_Q8_0_BYTES + 2, *b = row + g1 * IBIDI_Q8_0_BYTES + 2;
-        vi v = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)a));
-        v = _mm512_inserti64x4(v, _mm256_loadu_si256((const __m256i *)(const void *)b), 1);
-        return _mm512_xor_si512(v, _mm512_set1_epi8((char)0x80));
-    }
-    size_t skip = type == IBID_Q4_1 ? 4 : 2;
-    const uint8_t *a = row + row_offset(type, 32 * g) + skip;
-    const uint8_t *b = row + row_offset(type, 32 * g1) + skip;
-    __m256i both = _mm256_setr_m128i(_mm_loadu_si128((const __m128i *)(const void *)a),
-                                     _mm_loadu_si128((const __m128i *)(const void *)b));
-    __m256i nibble = _mm256_set1_epi8(15);
-    vi low = _mm512_castsi256_si512(_mm256_and_si256(both, nibble));
-    vi high = _mm512_castsi256_si512(_mm256_and_si256(_mm256_srli_epi16(both, 4), nibble));
-    return _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high);
-}
-
-INLINE void q8_scale(ibid_type type, const uint8_t *block, float *d, float *m) {
-    *d = half_at(block);
-    *m = type == IBID_Q4_1 ? half_at(block + 2) : *d * (type == IBID_Q4_0 ? -8.0f : -128.0f);
-}
-
-INLINE void q8_repack_type(ibid_type type, const ibid_tensor *w, size_t r0, size_t rows,
-                           const q8_panel *p) {
-    size_t groups = w->cols / 32;
-    const uint8_t *row[Q8_PANEL];
-    for (size_t r = 0; r < Q8_PANEL; r++) { /* the last row stands in for missing ones */
-        row[r] = (const uint8_t *)w->data + (r0 + (r < rows ? r : rows - 1)) * w->row_bytes;
-        for (size_t g = 0; g < groups; g++) {
-            q8_scale(type, row[r] + row_offset(type, 32 * g), &p->d[g][r], &p->m[g][r]);
-        }
-    }
-    for (size_t h = 0; h < Q8_PANEL; h += 16) {
-        for (size_t g = 0; g < groups; g += 2) {
-            bool half = g + 1 == groups;
-            vi t[16];
-            for (size_t r = 0; r < 16; r++) t[r] = q8_unsigned(type, row[h + r], g, half);
-            vi_transpose(t);
-            uint8_t *to = p->u + g * 32 * Q8_PANEL + h * 4;
-            for (size_t j = 0; j < (half ? 8 : 16); j++) vi_store(to + j * 4 * Q8_PANEL, t[j]);
-        }
+static void simd_q8_pack(const float *v, size_t ldv, size_t n, size_t cols, float fine_above,
+                         void *xq) {
+    for (size_t i = 0; i < n; i += Q8_TILE, v += Q8_TILE * ldv) {
+        q8_x x = q8_at((uint8_t *)xq + i / Q8_TILE * simd_q8_bytes(cols), cols);
+        if (n - i < Q8_TILE) memset(x.fine, 0, cols / 32 * Q8_TILE);
+        for (size_t j = 0; j < Q8_TILE && i + j < n; j++)
+            q8_pack_row(v + j * ldv, cols, fine_above, &x, j);
     }
 }
 
-static void q8_repack(const ibid_tensor *w, size_t r0, size_t rows, const q8_panel *p) {
-    if (w->type == IBID_Q4_0)
-        q8_repack_type(IBID_Q4_0, w, r0, rows, p);
-    else if (w->type == IBID_Q4_1)
-        q8_repack_type(IBID_Q4_1, w, r0, rows, p);
-    else
-        q8_repack_type(IBID_Q8_0, w, r0, rows, p);
+/* What a tile is made for; constants wherever it is inlined. */
+typedef struct q8_kind {
+    int bits, n_scales;
+    bool has_offset;
+} q8_kind;
+
+INLINE vi q8_weights(const q8_kind k, const uint8_t *u, int step) {
+    if (k.bits == 8) return vi_load(u + step * 64);
+    vi v = vi_load(u + step % 4 * 64);
+    return step < 4 ? vi_low4(v) : vi_high4(v);
 }
 
-/* N rows of x against the panel's 32 weight rows. */
-INLINE void q8_tile(const int N, const q8_panel *p, size_t cols, const int8_t *xq, size_t stride,
-                    float *y, size_t ldy, size_t rows) {
-    vf sum[Q8_ROWS][2];
-    size_t groups = cols / 32;
-    for (int i = 0; i < N; i++) sum[i][0] = sum[i][1] = v_zero();
-    for (size_t g = 0; g < groups; g++) {
-        vi dot[Q8_ROWS][2];
-        for (int i = 0; i < N; i++) dot[i][0] = dot[i][1] = _mm512_setzero_si512();
-        const uint8_t *u = p->u + g * 32 * Q8_PANEL;
-        for (int j = 0; j < 8; j++) {
-            vi u0 = vi_load(u + j * 4 * Q8_PANEL), u1 = vi_load(u + j * 4 * Q8_PANEL + 64);
-            for (int i = 0; i < N; i++) {
-                int32_t four;
-                memcpy(&four, xq + (size_t)i * stride + g * 32 + (size_t)(4 * j), 4);
-                vi x = _mm512_set1_epi32(four);
-                dot[i][0] = _mm512_dpbusd_epi32(dot[i][0], u0, x);
-                dot[i][1] = _mm512_dpbusd_epi32(dot[i][1], u1, x);
-            }
-        }
-        vf d0 = v_load(p->d[g]), d1 = v_load(p->d[g] + 16);
-        vf m0 = v_load(p->m[g]), m1 = v_load(p->m[g] + 16);
-        for (int i = 0; i < N; i++) {
-            const float *scale = (const float *)(const void *)(xq + (size_t)i * stride + cols);
-            vf dx = v_set1(scale[g]), dsum = v_set1(scale[groups + g]);
-            sum[i][0] = v_fma(m0, dsum, sum[i][0]);
-            sum[i][1] = v_fma(m1, dsum, sum[i][1]);
-            sum[i][0] = v_fma(_mm512_cvtepi32_ps(dot[i][0]), v_mul(d0, dx), sum[i][0]);
-            sum[i][1] = v_fma(_mm512_cvtepi32_ps(dot[i][1]), v_mul(d1, dx), sum[i][1]);
-        }
+INLINE vi q8_dot(const q8_kind k, vi acc, vi u, const int8_t *x) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    return k.bits == 8 ? q8_dp(acc, u, vi_set1(four)) : q8_dp_small(acc, u, vi_set1(four));
+}
+
+/* dot[i] += columns 4 step0 .. 4 step1 - 1 of a group. x: rows 32 apart. */
+INLINE void q8_steps(const int N, const q8_kind k, const uint8_t *u, const int step0,
+                     const int step1, const int8_t *x, vi dot[]) {
+#pragma GCC unroll 8
+    for (int j = step0; j < step1; j++) {
+        vi v = q8_weights(k, u, j);
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++) dot[i] = q8_dot(k, dot[i], v, x + 32 * i + 4 * j);
     }
+}
+
+/* One group, or the half of it that shares scale s; r too if a row of the tile is fine here. i0:
+ * the first of N rows. */
+INLINE void q8_add(const int N, const q8_kind k, const ibid_panels *w, const uint8_t *group,
+                   size_t at, const int s, const q8_x *x, size_t g, size_t i0, vf sum[]) {
+    const uint8_t *u = group + 32 * (size_t)(k.n_scales + k.has_offset) + 4 * at;
+    const int step0 = s * 4, step1 = k.n_scales == 1 ? 8 : step0 + 4;
+    size_t row = g * Q8_TILE + i0;
+    vf d = v_from_half(group + 32 * (size_t)s + 2 * at);
+    vi dot[Q8_ROWS];
+    uint64_t fine;
+    int shift = 7; /* from isum to dot */
+    memcpy(&fine, x->fine + g * Q8_TILE, sizeof fine);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i++) dot[i] = vi_set1(0);
+    q8_steps(N, k, u, step0, step1, x->q + 32 * row, dot);
+    if (fine) {
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++) dot[i] = vi_sll(dot[i], 7);
+        q8_steps(N, k, u, step0, step1, x->r + 32 * row, dot);
+        d = v_mul(d, v_set1(1.0f / 128));
+        shift = 0;
+    }
+    vf m = k.has_offset ? v_from_half(group + 32 * (size_t)k.n_scales + 2 * at) : v_zero();
+    const int32_t *isum = x->isum + 2 * g * Q8_TILE + i0;
+#pragma GCC unroll 8
     for (int i = 0; i < N; i++) {
-        float *to = y + (size_t)i * ldy;
-        v_store_n(to, sum[i][0], rows);
-        if (rows > 16) v_store_n(to + 16, sum[i][1], rows - 16);
+        if (k.has_offset) {
+            sum[i] = v_fma(m, v_set1(x->sum[row + (size_t)i]), sum[i]);
+        } else {
+            int32_t q = k.n_scales == 1 ? isum[i] + isum[Q8_TILE + i] : isum[s * Q8_TILE + i];
+            dot[i] = vi_sub(dot[i], vi_set1(w->zero * (q >> shift)));
+        }
+        sum[i] = v_fma(vi_to_float(dot[i]), v_mul(d, v_set1(x->d[row + (size_t)i])), sum[i]);
     }
 }
 
-static void simd_matmul_q8(const ibid_tensor *w, size_t row0, size_t row1, const void *xq, size_t n,
-                           float *y, size_t ldy, void *scratch) {
-    size_t cols = w->cols, stride = q8_bytes(cols);
-    q8_panel p = {.u = scratch};
-    p.d = (void *)(p.u + Q8_PANEL * cols);
-    p.m = p.d + cols / 32;
-    for (size_t r0 = row0; r0 < row1; r0 += Q8_PANEL) {
-        size_t rows = row1 - r0 < Q8_PANEL ? row1 - r0 : Q8_PANEL;
-        q8_repack(w, r0, rows, &p);
-        const int8_t *x = xq;
-        float *to = y + r0;
-        size_t i = 0;
-        for (; i + Q8_ROWS <= n; i += Q8_ROWS, x += Q8_ROWS * stride, to += Q8_ROWS * ldy) {
-            q8_tile(Q8_ROWS, &p, cols, x, stride, to, ldy, rows);
-        }
-        for (; i + 2 <= n; i += 2, x += 2 * stride, to += 2 * ldy) {
-            q8_tile(2, &p, cols, x, stride, to, ldy, rows);
-        }
-        if (i < n) q8_tile(1, &p, cols, x, stride, to, ldy, rows);
+/* N rows of x's tile from i0 on, against VL weight rows, `at` rows into their panel. */
+INLINE void q8_tile(const int N, const q8_kind k, const ibid_panels *w, const uint8_t *panel,
+                    size_t at, const q8_x *x, size_t i0, float *y, size_t ldy, size_t rows) {
+    vf sum[Q8_ROWS];
+    for (int i = 0; i < N; i++) sum[i] = v_zero();
+    for (size_t g = 0; g < w->cols / 32; g++, panel += w->group_bytes) {
+        for (size_t ahead = 0; ahead < w->group_bytes; ahead += 64)
+            __builtin_prefetch(panel + Q8_AHEAD + ahead);
+        for (int s = 0; s < k.n_scales; s++) q8_add(N, k, w, panel, at, s, x, g, i0, sum);
     }
+    y += i0 * ldy;
+    for (int i = 0; i < N; i++) v_store_n(y + (size_t)i * ldy, sum[i], rows);
+}
+
+INLINE void q8_rows(const q8_kind k, const ibid_panels *w, size_t row0, size_t row1, const void *xq,
+                    size_t n, float *y, size_t ldy) {
+    for (size_t r = row0; r < row1; r += VL) {
+        const uint8_t *panel = w->data + r / IBID_PANEL_ROWS * w->panel_bytes;
+        size_t rows = row1 - r < VL ? row1 - r : VL, at = r % IBID_PANEL_ROWS;
+        for (size_t i = 0; i < n; i += Q8_TILE) {
+            q8_x x = q8_at((const uint8_t *)xq + i / Q8_TILE * simd_q8_bytes(w->cols), w->cols);
+            size_t in = n - i < Q8_TILE ? n - i : Q8_TILE, j = 0;
+            float *to = y + i * ldy + r;
+            for (; j + Q8_ROWS <= in; j += Q8_ROWS)
+                q8_tile(Q8_ROWS, k, w, panel, at, &x, j, to, ldy, rows);
+            for (; j + 2 <= in; j += 2) q8_tile(2, k, w, panel, at, &x, j, to, ldy, rows);
+            if (j < in) q8_tile(1, k, w, panel, at, &x, j, to, ldy, rows);
+        }
+    }
+}
+
+static void simd_matmul_q8(const ibid_panels *w, size_t row0, size_t row1, const void *xq, size_t n,
+                           float *y, size_t ldy) {
+    if (w->bits == 4 && w->has_offset)
+        q8_rows((q8_kind){4, 1, true}, w, row0, row1, xq, n, y, ldy);
+    else if (w->bits == 4)
+        q8_rows((q8_kind){4, 1, false}, w, row0, row1, xq, n, y, ldy);
+    else if (w->has_offset)
+        q8_rows((q8_kind){8, 1, true}, w, row0, row1, xq, n, y, ldy);
+    else if (w->n_scales == 1)
+        q8_rows((q8_kind){8, 1, false}, w, row0, row1, xq, n, y, ldy);
+    else
+        q8_rows((q8_kind){8, 2, false}, w, row0, row1, xq, n, y, ldy);
 }

@@ -80,6 +80,10 @@ static ibid_err set_option(ibid_host_opts *o, const char *name, const char *valu
             e = ibid_fail(IBID_INVAL, "--kernels: too long");
         else
             (void)snprintf(o->kernels, sizeof o->kernels, "%s", value);
+    } else if (strcmp(name, "arithmetic") == 0) {
+        o->f32 = strcmp(value, "f32") == 0;
+        if (!o->f32 && strcmp(value, "int8") != 0)
+            e = ibid_fail(IBID_INVAL, "--arithmetic: %s is not int8 or f32", value);
     } else {
         e = ibid_fail(IBID_INVAL, "unknown option --%s", name);
     }
@@ -142,6 +146,7 @@ static void usage(const ibid_room_vtable *v, FILE *to) {
     (void)fprintf(to,
                   "usage: ibid-%s [--data DIR] [--log-level error|warn|info|debug] [--threads N]\n"
                   "       [--workers N] [--map-size BYTES] [--kv-budget BYTES] [--kernels NAME]\n"
+                  "       [--arithmetic int8|f32]\n"
                   "Usually started by `ibid up`. BYTES take K, M, G or T.\n"
                   "example: ibid-%s --data ~/.local/share/ibid --log-level debug\n",
                   v->name, v->name);

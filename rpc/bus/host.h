@@ -29,6 +29,7 @@ typedef struct ibid_host_opts {
     uint64_t map_size;  /* ibid_store_opts.map_size; 0 = its default */
     uint64_t kv_budget; /* bytes of KV kept; 0 = no limit */
     char kernels[32];   /* kernel backend by name; "" = the best one here */
+    bool f32;           /* no integer arithmetic */
     bool inproc;        /* hosted with other rooms: build addresses with this */
 } ibid_host_opts;
 

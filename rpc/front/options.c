@@ -56,6 +56,8 @@ static const option_row rows[] = {
     {"kernels", "NAME",
      "arithmetic: reference, avx2, avx512, avx512vnni (default: the fastest here)", TEXT, SERVICE,
      AT(kernels)},
+    {"arithmetic", "TYPE", "int8 (default), or f32: several times slower, for comparison", TEXT,
+     SERVICE, AT(arithmetic)},
     {"kv-budget", "BYTES", "most KV kept on disk, K M G T allowed (default: no limit)", SIZE,
      SERVICE, AT(kv_budget)},
     {"map-size", "BYTES", "address space of the store (default: 1T)", SIZE, SERVICE, AT(map_size)},

@@ -19,7 +19,7 @@ typedef struct ibid_opts {
     /* service */
     bool foreground;
     uint64_t threads, kv_budget, map_size;
-    const char *kernels;
+    const char *kernels, *arithmetic;
     /* what is asked about */
     const char *collection, *model, *queries, *range, *name, *from, *sample;
     const char *kv_type, *text;

@@ -145,6 +145,7 @@ static void exec_room(const struct supervisor *s, const char *name, pid_t parent
     if (s->o->threads) argv[n++] = "--threads", argv[n++] = threads;
     if (s->o->kv_budget) argv[n++] = "--kv-budget", argv[n++] = budget;
     if (s->o->map_size) argv[n++] = "--map-size", argv[n++] = map;
+    if (s->o->arithmetic) argv[n++] = "--arithmetic", argv[n++] = s->o->arithmetic;
     if (s->o->kernels) (void)setenv("IBID_KERNELS", s->o->kernels, 1);
     if (program_path(file, program, sizeof program)) (void)execv(program, (char *const *)argv);
     (void)dprintf(STDERR_FILENO, "cannot run %s: %s\n", program, strerror(errno));

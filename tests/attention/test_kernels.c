@@ -388,20 +388,29 @@ static void test_matmul_same_bits(void **state) {
 }
 
 /* The promised bound on int8 activations, and the same bits however rows are grouped. */
-static void check_q8(const ibid_kernels *k, ibid_type type, size_t n, size_t rows, size_t cols,
-                     float scale) {
+static void check_q8(const ibid_kernels *k, ibid_type type, float fine_above, size_t n, size_t rows,
+                     size_t cols, float scale) {
     ibid_tensor w = random_weights(type, rows, cols, 0.5f);
+    ibid_panels panels;
+    assert_true(ibid_panels_shape(&w, &panels));
+    uint8_t *packed = need(ibid_panels_bytes(&panels));
+    for (size_t i = 0; i * IBID_PANEL_ROWS < rows; i++)
+        ibid_panels_pack(&panels, &w, i, packed + i * panels.panel_bytes);
+    panels.data = packed;
     size_t ldx = cols + 7, ldy = rows + 3, each = k->q8_bytes(cols);
+    size_t half = rows / 2 / IBID_PANEL_ROWS * IBID_PANEL_ROWS;
+    double steps = fine_above > 0 ? 254 : 254 * 128;
     float *x = need(n * ldx * 4), *want = need(n * ldy * 4), *got = need(n * ldy * 4);
     float *one = need(ldy * 4), *row = need(cols * 4);
-    uint8_t *xq = need(n * each);
-    void *scratch = need(k->matmul_q8_scratch(cols)), *ref_scratch = need(cols * 4);
+    size_t n_tiles = (n + IBID_Q8_TILE - 1) / IBID_Q8_TILE;
+    uint8_t *xq = need(n_tiles * each), *own = need(each);
+    void *ref_scratch = need(cols * 4);
     fill(x, n * ldx, scale);
     for (size_t c = 0; c < 32; c++) x[c] = 0;
     for (size_t i = 0; i < n * ldy; i++) got[i] = 42;
-    k->q8_pack(x, ldx, n, cols, xq);
-    k->matmul_q8(&w, 0, rows / 2, xq, n, got, ldy, scratch);
-    k->matmul_q8(&w, rows / 2, rows, xq, n, got, ldy, scratch);
+    k->q8_pack(x, ldx, n, cols, fine_above, xq);
+    k->matmul_q8(&panels, 0, half, xq, n, got, ldy);
+    k->matmul_q8(&panels, half, rows, xq, n, got, ldy);
     ref->matmul(&w, 0, rows, x, ldx, n, want, ldy, ref_scratch);
     for (size_t r = 0; r < rows; r++) {
         ref->dequantize(type, (const uint8_t *)w.data + r * w.row_bytes, row, cols);
@@ -416,7 +425,7 @@ static void check_q8(const ibid_kernels *k, ibid_type type, size_t n, size_t row
                     product += u * v;
                 }
                 /* d * u and m may cancel, so f32 rounding counts in units of 256 steps */
-                bound += sum * max / 254 * 1.0001 + 1e-5 * (product + max);
+                bound += sum * max / steps * 1.0001 + 1e-5 * (product + max);
             }
             double off = fabs((double)got[i * ldy + r] - (double)want[i * ldy + r]);
             if (!(off <= bound)) {
@@ -426,11 +435,12 @@ static void check_q8(const ibid_kernels *k, ibid_type type, size_t n, size_t row
         }
     }
     for (size_t i = 0; i < n; i++) {
-        k->matmul_q8(&w, 0, rows, xq + i * each, 1, one, ldy, scratch);
+        k->q8_pack(x + i * ldx, ldx, 1, cols, fine_above, own);
+        k->matmul_q8(&panels, 0, rows, own, 1, one, ldy);
         assert_memory_equal(one, got + i * ldy, rows * 4);
         for (size_t r = rows; r < ldy; r++) assert_true(got[i * ldy + r] == 42);
     }
-    void *all[] = {x, want, got, one, row, xq, scratch, ref_scratch, (void *)(uintptr_t)w.data};
+    void *all[] = {x, want, got, one, row, xq, own, packed, ref_scratch, (void *)(uintptr_t)w.data};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) ibid_free(all[i]);
 }
 
@@ -438,15 +448,14 @@ static void test_matmul_q8(void **state) {
     (void)state;
     const size_t ns[] = {1, 2, 5, 6, 7, 9, 63, 65}, rows[] = {1, 7, 16, 17, 64, 100};
     const size_t cols[] = {32, 64, 96, 576, 1536};
-    const float scales[] = {1, 0, 1e-30f, 1e4f};
+    const float scales[] = {1, 0, 1e-30f, 1e4f}, fine[] = {INFINITY, 1.0f, 0};
     size_t done = 0;
     for (size_t b = 0; b < n_tested; b++) {
         const ibid_kernels *k = tested[b];
-        assert_true(!k->matmul_q8 == !k->q8_pack && !k->matmul_q8 == !k->q8_bytes &&
-                    !k->matmul_q8 == !k->matmul_q8_scratch);
+        assert_true(!k->matmul_q8 == !k->q8_pack && !k->matmul_q8 == !k->q8_bytes);
         if (!k->matmul_q8) continue;
         for (size_t i = 0; i < 90; i++, done++) {
-            check_q8(k, all_types[2 + i % 3], ns[i % 8], rows[i % 6], cols[i % 5],
+            check_q8(k, all_types[2 + i % 3], fine[i / 3 % 3], ns[i % 8], rows[i % 6], cols[i % 5],
                      i < 50 ? 1 : scales[i % 4]);
         }
     }

@@ -173,22 +173,24 @@ typedef struct product {
     float *y;
     uint8_t *scratch;
     size_t scratch_each;
-    uint8_t *xq; /* int8 activations; NULL: matmul on x */
+    uint8_t *xq; /* x as integers, for panels; NULL: matmul on x */
+    const ibid_panels *panels;
+    float fine_above;
 } product;
 
 static void pack_part(void *arg, size_t part, size_t thread) {
     (void)thread;
     const product *p = arg;
     size_t i = part * 16, n = p->n - i < 16 ? p->n - i : 16, cols = p->w->cols;
-    p->k->q8_pack(p->x + i * cols, cols, n, cols, p->xq + i * p->k->q8_bytes(cols));
+    p->k->q8_pack(p->x + i * cols, cols, n, cols, p->fine_above,
+                  p->xq + i / IBID_Q8_TILE * p->k->q8_bytes(cols));
 }
 
 static void product_part(void *arg, size_t part, size_t thread) {
     const product *p = arg;
     size_t r0 = part * PART, r1 = r0 + PART < p->w->rows ? r0 + PART : p->w->rows;
     if (p->xq) {
-        p->k->matmul_q8(p->w, r0, r1, p->xq, p->n, p->y, p->w->rows,
-                        p->scratch + thread * p->scratch_each);
+        p->k->matmul_q8(p->panels, r0, r1, p->xq, p->n, p->y, p->w->rows);
         return;
     }
     p->k->matmul(p->w, r0, r1, p->x, p->w->cols, p->n, p->y, p->w->rows,
@@ -197,7 +199,7 @@ static void product_part(void *arg, size_t part, size_t thread) {
 
 static void all_products(void *arg) {
     product p = *(product *)arg;
-    for (size_t i = 0; i < p.n_w; i++, p.w++) {
+    for (size_t i = 0; i < p.n_w; i++, p.w++, p.panels++) {
         if (p.xq) ibid_pool_run(p.pool, (p.n + 15) / 16, pack_part, &p);
         ibid_pool_run(p.pool, (p.w->rows + PART - 1) / PART, product_part, &p);
     }
@@ -217,18 +219,46 @@ static void bench_products(product *p, const char *what) {
     fflush(stdout);
 }
 
+static void pack_weights(const ibid_tensor *w, ibid_panels *p) {
+    if (!ibid_panels_shape(w, p)) abort();
+    uint8_t *to = ibid_alloc_aligned(64, ibid_align_up(ibid_panels_bytes(p), 64));
+    if (!to) abort();
+    for (size_t i = 0; i * IBID_PANEL_ROWS < p->rows; i++)
+        ibid_panels_pack(p, w, i, to + i * p->panel_bytes);
+    p->data = to;
+}
+
+/* Sets of weights by integers, no group of x fine and all. */
+static void bench_panels(product *p, const ibid_panels *panels, const char *what) {
+    char name[64];
+    p->xq = ibid_alloc_aligned(64, (p->n + IBID_Q8_TILE - 1) / IBID_Q8_TILE * p->k->q8_bytes(FF));
+    if (!p->xq) abort();
+    p->panels = panels;
+    for (int fine = 0; fine < 2; fine++) {
+        /* packs before every matrix; an engine would share */
+        p->fine_above = fine ? 0 : INFINITY;
+        snprintf(name, sizeof name, "%s_int%d", what, fine ? 15 : 8);
+        bench_products(p, name);
+    }
+    ibid_free(p->xq);
+    p->xq = NULL;
+}
+
 static void bench_matmul(const ibid_kernels *k, ibid_pool *pool) {
     enum { MAX_N = 512 };
     static const size_t shape[][2] = {{WIDTH, WIDTH}, {KV, WIDTH}, {FF, WIDTH}, {WIDTH, FF}};
     static ibid_tensor layers[LAYERS * 7], head[2];
+    static ibid_panels panels[LAYERS * 7], head_panels[2];
     if (!head[0].data) {
         static const size_t of_layer[7] = {0, 1, 1, 0, 2, 2, 3}; /* q k v o gate up down */
         for (size_t i = 0; i < LAYERS * 7; i++) {
             const size_t *s = shape[of_layer[i % 7]];
             layers[i] = random_weights(IBID_Q4_1, s[0], s[1]);
+            pack_weights(&layers[i], &panels[i]);
         }
         head[0] = random_weights(IBID_Q8_0, VOCAB, WIDTH);
         head[1] = random_weights(IBID_Q4_0, VOCAB, WIDTH);
+        for (size_t i = 0; i < 2; i++) pack_weights(&head[i], &head_panels[i]);
     }
     size_t threads = ibid_pool_size(pool);
     product p = {
@@ -250,17 +280,14 @@ static void bench_matmul(const ibid_kernels *k, ibid_pool *pool) {
         p.w = layers;
         p.n_w = LAYERS * 7;
         bench_products(&p, "layers_q4_1");
-        if (!k->matmul_q8 || p.n < 8) continue;
-        p.xq = need(p.n * k->q8_bytes(FF)); /* packs before every matrix; an engine would share */
-        bench_products(&p, "layers_q4_1_int8");
-        ibid_free(p.xq);
-        p.xq = NULL;
+        if (k->matmul_q8) bench_panels(&p, panels, "layers_q4_1");
     }
     for (size_t i = 0; i < 2; i++) {
         p.w = &head[i];
         p.n_w = 1;
         p.n = 1;
         bench_products(&p, i ? "head_q4_0" : "head_q8_0");
+        if (k->matmul_q8) bench_panels(&p, &head_panels[i], i ? "head_q4_0" : "head_q8_0");
     }
     ibid_free(p.scratch);
     ibid_free(x);

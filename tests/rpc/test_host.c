@@ -45,8 +45,15 @@ static void test_parse(void **state) {
     ibid_host_opts o;
     bool help;
     assert_int_equal(PARSE(&o, &help, "--data", "/d", "--threads=3", "--workers", "5", "--map-size",
+                           "64M", "--kv-budget=2G", "--log-level", "debug", "--kernels", "avx2",
+                           "--arithmetic", "f32"),
+                     IBID_OK);
+    assert_true(o.f32);
+    assert_int_equal(PARSE(&o, &help, "--arithmetic", "f64"), IBID_INVAL);
+    assert_int_equal(PARSE(&o, &help, "--data", "/d", "--threads=3", "--workers", "5", "--map-size",
                            "64M", "--kv-budget=2G", "--log-level", "debug", "--kernels", "avx2"),
                      IBID_OK);
+    assert_false(o.f32);
     assert_string_equal(o.data_dir, "/d");
     assert_int_equal(o.threads, 3);
     assert_int_equal(o.workers, 5);
