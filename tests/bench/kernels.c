@@ -342,7 +342,9 @@ static void bench_attn(const ibid_kernels *k, ibid_pool *pool, const char *what,
             state[h * n_rows + r] = (ibid_attn_state){.max = -INFINITY};
         }
         args[h] = (ibid_attn_args){
-            &kv, h, q, n_rows, visible, NULL, state + h * n_rows, acc + h * n_rows * DIM};
+            .kv = &kv, .kv_head = h, .q = q, .n_rows = n_rows, .visible = visible};
+        args[h].state = state + h * n_rows;
+        args[h].acc = acc + h * n_rows * DIM;
     }
     attend a = {k, pool, args, HEADS};
     double s = measure(attend_all, &a) / HEADS;
