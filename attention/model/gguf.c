@@ -243,7 +243,7 @@ static ibid_err place_tensor(const ibid_gguf *g, ibid_gguf_tensor *t, uint64_t s
                          name);
     t->data = g->data + start + offset;
     ibid_type type = (ibid_type)t->type;
-    if (ibid_type_row_bytes(type, 32) == 0) return IBID_OK; /* refused by name where it is used */
+    if (ibid_type_block(type) == 0) return IBID_OK; /* refused by name where it is used */
     size_t row = ibid_type_row_bytes(type, (size_t)t->dims[0]);
     if (row == 0)
         return ibid_fail(IBID_CORRUPT, "%s: rows of tensor %s are not whole blocks of %s", g->label,

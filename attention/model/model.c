@@ -13,33 +13,63 @@
 #include <string.h>
 
 enum {
-    TENSORS_PER_LAYER = 9,
+    TENSORS_PER_LAYER = 9, /* at least */
     MAX_LAYERS = 1024,
     MAX_WIDTH = 1 << 20, /* n_embd, n_ff, heads, head_dim */
-    MAX_CTX = 1 << 28
+    MAX_CTX = 1 << 28,
+    MAX_KEY = 64
+};
+
+/* How the architectures differ. Keys of the file start with the name. */
+typedef struct arch_info {
+    const char *name;
+    ibid_arch arch;
+    ibid_pairing pairing;
+    enum { NEVER, MAYBE, ALWAYS } qkv_bias, head_norms, out_bias, rope_factors;
+} arch_info;
+
+static const arch_info archs[] = {
+    {"llama", IBID_ARCH_LLAMA, IBID_PAIR_NEXT, MAYBE, NEVER, MAYBE, MAYBE},
+    {"qwen2", IBID_ARCH_QWEN2, IBID_PAIR_HALF, ALWAYS, NEVER, NEVER, NEVER},
+    {"qwen3", IBID_ARCH_QWEN3, IBID_PAIR_HALF, NEVER, ALWAYS, NEVER, NEVER},
 };
 
 typedef struct model_box {
     ibid_model m; /* first: a model is its box */
+    const arch_info *arch;
     ibid_gguf *g;
     char *name;
     char *chat_text;
     ibid_layer *layers;
     float *freq;
     ibid_tokenizer *tokenizer;
-    size_t n_used; /* tensors of the file that the model uses */
+    bool *used;    /* by the model, of the file's tensors */
+    size_t n_used; /* how many of them */
 } model_box;
 
-static ibid_err get_count(const ibid_gguf *g, const char *key, bool required, uint64_t max,
+/* The file's name of an architecture's key. */
+static const char *key_of(const model_box *b, const char *key, char buf[MAX_KEY]) {
+    (void)snprintf(buf, MAX_KEY, "%s.%s", b->arch->name, key);
+    return buf;
+}
+
+static ibid_err get_count(const model_box *b, const char *key, bool required, uint64_t max,
                           size_t *out) {
+    char buf[MAX_KEY];
     uint64_t v = *out;
-    ibid_err e = ibid_gguf_get_u64(g, key, required, &v);
+    ibid_err e = ibid_gguf_get_u64(b->g, key_of(b, key, buf), required, &v);
     if (e) return e;
     if (v == 0 || v > max)
-        return ibid_fail(IBID_CORRUPT, "%s: %s is %llu, not between 1 and %llu", ibid_gguf_label(g),
-                         key, (unsigned long long)v, (unsigned long long)max);
+        return ibid_fail(IBID_CORRUPT, "%s: %s is %llu, not between 1 and %llu",
+                         ibid_gguf_label(b->g), buf, (unsigned long long)v,
+                         (unsigned long long)max);
     *out = (size_t)v;
     return IBID_OK;
+}
+
+static ibid_err get_float(const model_box *b, const char *key, bool required, float *out) {
+    char buf[MAX_KEY];
+    return ibid_gguf_get_f32(b->g, key_of(b, key, buf), required, out);
 }
 
 static bool str_is(ibid_gguf_str s, const char *text) {
@@ -47,49 +77,47 @@ static bool str_is(ibid_gguf_str s, const char *text) {
 }
 
 /* Things that would change the arithmetic and that this build does not do. */
-static ibid_err refuse_variants(const ibid_gguf *g) {
+static ibid_err refuse_variants(const model_box *b) {
+    const ibid_gguf *g = b->g;
+    char key[MAX_KEY];
     uint64_t experts = 0;
     bool causal = true;
-    ibid_err e = ibid_gguf_get_u64(g, "llama.expert_count", false, &experts);
+    ibid_err e = ibid_gguf_get_u64(g, key_of(b, "expert_count", key), false, &experts);
     if (e) return e;
     if (experts)
-        return ibid_fail(IBID_NOTSUP,
-                         "%s: a mixture of experts (llama.expert_count %llu) is not supported",
-                         ibid_gguf_label(g), (unsigned long long)experts);
-    if ((e = ibid_gguf_get_bool(g, "llama.attention.causal", false, &causal))) return e;
+        return ibid_fail(IBID_NOTSUP, "%s: a mixture of experts (%s %llu) is not supported",
+                         ibid_gguf_label(g), key, (unsigned long long)experts);
+    if ((e = ibid_gguf_get_bool(g, key_of(b, "attention.causal", key), false, &causal))) return e;
     if (!causal)
         return ibid_fail(IBID_NOTSUP, "%s: attention that is not causal is not supported",
                          ibid_gguf_label(g));
-    static const char *const keys[] = {"llama.attention.sliding_window",
-                                       "llama.attention.scale",
-                                       "llama.logit_scale",
-                                       "llama.embedding_scale",
-                                       "llama.residual_scale",
-                                       "llama.attn_logit_softcapping",
-                                       "llama.final_logit_softcapping",
-                                       "llama.rope.scaling.attn_factor"};
+    static const char *const keys[] = {
+        "attention.sliding_window", "attention.scale",         "logit_scale",
+        "embedding_scale",          "residual_scale",          "attn_logit_softcapping",
+        "final_logit_softcapping",  "rope.scaling.attn_factor"};
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
-        if (ibid_gguf_has(g, keys[i]))
-            return ibid_fail(IBID_NOTSUP, "%s: %s is not supported", ibid_gguf_label(g), keys[i]);
+        if (ibid_gguf_has(g, key_of(b, keys[i], key)))
+            return ibid_fail(IBID_NOTSUP, "%s: %s is not supported", ibid_gguf_label(g), key);
     return IBID_OK;
 }
 
 static ibid_err read_head_dim(model_box *b) {
     const char *label = ibid_gguf_label(b->g);
+    char key[MAX_KEY];
     ibid_model *m = &b->m;
     if (m->n_heads % m->n_kv_heads != 0)
         return ibid_fail(IBID_CORRUPT, "%s: %zu attention heads over %zu kv heads (head_count_kv)",
                          label, m->n_heads, m->n_kv_heads);
-    bool given = ibid_gguf_has(b->g, "llama.attention.key_length");
+    bool given = ibid_gguf_has(b->g, key_of(b, "attention.key_length", key));
     if (!given && m->n_embd % m->n_heads != 0)
         return ibid_fail(IBID_CORRUPT,
                          "%s: embedding_length %zu over %zu attention heads (head_count)", label,
                          m->n_embd, m->n_heads);
     size_t value;
     m->head_dim = m->n_embd / m->n_heads;
-    ibid_err e = get_count(b->g, "llama.attention.key_length", false, MAX_WIDTH, &m->head_dim);
+    ibid_err e = get_count(b, "attention.key_length", false, MAX_WIDTH, &m->head_dim);
     value = m->head_dim;
-    if (!e) e = get_count(b->g, "llama.attention.value_length", false, MAX_WIDTH, &value);
+    if (!e) e = get_count(b, "attention.value_length", false, MAX_WIDTH, &value);
     if (e) return e;
     if (value != m->head_dim)
         return ibid_fail(IBID_NOTSUP, "%s: keys of %zu and values of %zu numbers a head", label,
@@ -98,23 +126,22 @@ static ibid_err read_head_dim(model_box *b) {
 }
 
 static ibid_err read_shape(model_box *b) {
-    const ibid_gguf *g = b->g;
     ibid_model *m = &b->m;
     ibid_err e;
-    if ((e = get_count(g, "llama.block_count", true, MAX_LAYERS, &m->n_layers)) ||
-        (e = get_count(g, "llama.context_length", true, MAX_CTX, &m->n_ctx)) ||
-        (e = get_count(g, "llama.embedding_length", true, MAX_WIDTH, &m->n_embd)) ||
-        (e = get_count(g, "llama.feed_forward_length", true, MAX_WIDTH, &m->n_ff)) ||
-        (e = get_count(g, "llama.attention.head_count", true, MAX_WIDTH, &m->n_heads)))
+    if ((e = get_count(b, "block_count", true, MAX_LAYERS, &m->n_layers)) ||
+        (e = get_count(b, "context_length", true, MAX_CTX, &m->n_ctx)) ||
+        (e = get_count(b, "embedding_length", true, MAX_WIDTH, &m->n_embd)) ||
+        (e = get_count(b, "feed_forward_length", true, MAX_WIDTH, &m->n_ff)) ||
+        (e = get_count(b, "attention.head_count", true, MAX_WIDTH, &m->n_heads)))
         return e;
     m->n_kv_heads = m->n_heads;
-    if ((e = get_count(g, "llama.attention.head_count_kv", false, MAX_WIDTH, &m->n_kv_heads)) ||
+    if ((e = get_count(b, "attention.head_count_kv", false, MAX_WIDTH, &m->n_kv_heads)) ||
         (e = read_head_dim(b)) ||
-        (e = ibid_gguf_get_f32(g, "llama.attention.layer_norm_rms_epsilon", true, &m->norm_eps)))
+        (e = get_float(b, "attention.layer_norm_rms_epsilon", true, &m->norm_eps)))
         return e;
     if (!(m->norm_eps > 0 && m->norm_eps < 1))
-        return ibid_fail(IBID_CORRUPT, "%s: llama.attention.layer_norm_rms_epsilon is %g",
-                         ibid_gguf_label(g), (double)m->norm_eps);
+        return ibid_fail(IBID_CORRUPT, "%s: %s.attention.layer_norm_rms_epsilon is %g",
+                         ibid_gguf_label(b->g), b->arch->name, (double)m->norm_eps);
     return IBID_OK;
 }
 
@@ -125,8 +152,11 @@ static ibid_err get_tensor(model_box *b, const char *name, size_t rows, size_t c
     const ibid_gguf_tensor *t = ibid_gguf_tensor_find(b->g, name);
     if (!t) return ibid_fail(IBID_CORRUPT, "%s: tensor %s is missing", label, name);
     if (!t->readable || (floats && t->type != IBID_F32))
-        return ibid_fail(IBID_NOTSUP, "%s: tensor %s has the type %s, which is not supported here",
-                         label, name, ibid_gguf_tensor_type_name(t->type));
+        return ibid_fail(IBID_NOTSUP, "%s: tensor %s has the type %s, which is not supported: %s",
+                         label, name, ibid_gguf_tensor_type_name(t->type),
+                         floats ? "only F32 is, here"
+                                : "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and "
+                                  "Q6_K are");
     if (t->dims[0] != cols || t->dims[1] != rows || t->dims[2] != 1 || t->dims[3] != 1)
         return ibid_fail(
             IBID_CORRUPT, "%s: tensor %s has the shape [%llu, %llu, %llu, %llu], not [%zu, %zu]",
@@ -137,6 +167,7 @@ static ibid_err get_tensor(model_box *b, const char *name, size_t rows, size_t c
                          .cols = cols,
                          .row_bytes = ibid_type_row_bytes((ibid_type)t->type, cols),
                          .data = t->data};
+    b->used[t - ibid_gguf_tensor_at(b->g, 0)] = true;
     b->n_used++;
     return IBID_OK;
 }
@@ -144,8 +175,31 @@ static ibid_err get_tensor(model_box *b, const char *name, size_t rows, size_t c
 static ibid_err get_of_layer(model_box *b, size_t layer, const char *part, size_t rows, size_t cols,
                              bool floats, ibid_tensor *out) {
     char name[64];
-    (void)snprintf(name, sizeof name, "blk.%zu.%s.weight", layer, part);
+    (void)snprintf(name, sizeof name, "blk.%zu.%s", layer, part);
     return get_tensor(b, name, rows, cols, floats, out);
+}
+
+/* A row of floats that the architecture has never, maybe or always. */
+static ibid_err get_extra(model_box *b, int when, size_t layer, const char *part, size_t cols,
+                          ibid_tensor *out) {
+    char name[64];
+    (void)snprintf(name, sizeof name, "blk.%zu.%s", layer, part);
+    if (when == NEVER || (when == MAYBE && !ibid_gguf_tensor_find(b->g, name))) return IBID_OK;
+    return get_tensor(b, name, 1, cols, true, out);
+}
+
+static ibid_err read_extras(model_box *b, size_t i, ibid_layer *l) {
+    const ibid_model *m = &b->m;
+    const arch_info *a = b->arch;
+    size_t q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
+    ibid_err e;
+    if ((e = get_extra(b, a->qkv_bias, i, "attn_q.bias", q, &l->bq)) ||
+        (e = get_extra(b, a->qkv_bias, i, "attn_k.bias", kv, &l->bk)) ||
+        (e = get_extra(b, a->qkv_bias, i, "attn_v.bias", kv, &l->bv)) ||
+        (e = get_extra(b, a->out_bias, i, "attn_output.bias", m->n_embd, &l->bo)) ||
+        (e = get_extra(b, a->head_norms, i, "attn_q_norm.weight", m->head_dim, &l->q_norm)))
+        return e;
+    return get_extra(b, a->head_norms, i, "attn_k_norm.weight", m->head_dim, &l->k_norm);
 }
 
 static ibid_err read_layers(model_box *b) {
@@ -153,23 +207,25 @@ static ibid_err read_layers(model_box *b) {
     size_t q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim, d = m->n_embd;
     ibid_err e = IBID_OK;
     if (m->n_layers > ibid_gguf_n_tensors(b->g) / TENSORS_PER_LAYER)
-        return ibid_fail(IBID_CORRUPT, "%s: llama.block_count is %zu, but there are %zu tensors",
-                         ibid_gguf_label(b->g), m->n_layers, ibid_gguf_n_tensors(b->g));
+        return ibid_fail(IBID_CORRUPT, "%s: %s.block_count is %zu, but there are %zu tensors",
+                         ibid_gguf_label(b->g), b->arch->name, m->n_layers,
+                         ibid_gguf_n_tensors(b->g));
     b->layers = ibid_calloc(m->n_layers, sizeof *b->layers);
     if (!b->layers) return ibid_fail(IBID_NOMEM, "out of memory for %zu layers", m->n_layers);
     m->layers = b->layers;
     for (size_t i = 0; i < m->n_layers && !e; i++) {
         ibid_layer *l = &b->layers[i];
-        if ((e = get_of_layer(b, i, "attn_norm", 1, d, true, &l->attn_norm)) ||
-            (e = get_of_layer(b, i, "attn_q", q, d, false, &l->wq)) ||
-            (e = get_of_layer(b, i, "attn_k", kv, d, false, &l->wk)) ||
-            (e = get_of_layer(b, i, "attn_v", kv, d, false, &l->wv)) ||
-            (e = get_of_layer(b, i, "attn_output", d, q, false, &l->wo)) ||
-            (e = get_of_layer(b, i, "ffn_norm", 1, d, true, &l->ffn_norm)) ||
-            (e = get_of_layer(b, i, "ffn_gate", m->n_ff, d, false, &l->gate)) ||
-            (e = get_of_layer(b, i, "ffn_up", m->n_ff, d, false, &l->up)))
+        if ((e = get_of_layer(b, i, "attn_norm.weight", 1, d, true, &l->attn_norm)) ||
+            (e = get_of_layer(b, i, "attn_q.weight", q, d, false, &l->wq)) ||
+            (e = get_of_layer(b, i, "attn_k.weight", kv, d, false, &l->wk)) ||
+            (e = get_of_layer(b, i, "attn_v.weight", kv, d, false, &l->wv)) ||
+            (e = get_of_layer(b, i, "attn_output.weight", d, q, false, &l->wo)) ||
+            (e = get_of_layer(b, i, "ffn_norm.weight", 1, d, true, &l->ffn_norm)) ||
+            (e = get_of_layer(b, i, "ffn_gate.weight", m->n_ff, d, false, &l->gate)) ||
+            (e = get_of_layer(b, i, "ffn_up.weight", m->n_ff, d, false, &l->up)))
             break;
-        e = get_of_layer(b, i, "ffn_down", d, m->n_ff, false, &l->down);
+        e = get_of_layer(b, i, "ffn_down.weight", d, m->n_ff, false, &l->down);
+        if (!e) e = read_extras(b, i, l);
     }
     return e;
 }
@@ -190,54 +246,53 @@ static ibid_err check_all_used(const model_box *b) {
     if (b->n_used == ibid_gguf_n_tensors(b->g)) return IBID_OK;
     for (size_t i = 0; i < ibid_gguf_n_tensors(b->g); i++) {
         const ibid_gguf_tensor *t = ibid_gguf_tensor_at(b->g, i);
-        const char *dot = t->name.n > 5 ? memrchr(t->name.data, '.', t->name.n) : NULL;
-        if (dot && t->name.n - (size_t)(dot - t->name.data) == 5) /* ".bias" */
-            return ibid_fail(IBID_NOTSUP,
-                             "%s: tensor %s is not supported for the llama architecture",
-                             ibid_gguf_label(b->g), ibid_gguf_show(t->name, buf));
+        if (b->used[i]) continue;
+        return ibid_fail(IBID_NOTSUP,
+                         "%s: tensor %s is not supported: of %zu tensors the %s architecture with "
+                         "%zu layers uses %zu",
+                         ibid_gguf_label(b->g), ibid_gguf_show(t->name, buf),
+                         ibid_gguf_n_tensors(b->g), b->arch->name, b->m.n_layers, b->n_used);
     }
-    return ibid_fail(IBID_NOTSUP, "%s: %zu tensors, of which the llama architecture uses %zu",
-                     ibid_gguf_label(b->g), ibid_gguf_n_tensors(b->g), b->n_used);
+    return IBID_OK;
 }
 
 /* The divisor of all frequencies. */
-static ibid_err read_scaling(const ibid_gguf *g, float *divisor) {
-    char buf[64];
+static ibid_err read_scaling(const model_box *b, float *divisor) {
+    const char *label = ibid_gguf_label(b->g);
+    char buf[64], key[MAX_KEY];
     ibid_gguf_str type = {.data = "linear", .n = 6};
     float factor = 0;
-    ibid_err e = ibid_gguf_get_str(g, "llama.rope.scaling.type", false, &type);
+    ibid_err e = ibid_gguf_get_str(b->g, key_of(b, "rope.scaling.type", key), false, &type);
     if (e) return e;
     if (!str_is(type, "none") && !str_is(type, "linear"))
         return ibid_fail(IBID_NOTSUP,
-                         "%s: RoPE scaling \"%s\" is not supported; none and linear are",
-                         ibid_gguf_label(g), ibid_gguf_show(type, buf));
-    if ((e = ibid_gguf_get_f32(g, "llama.rope.scale_linear", false, &factor)) ||
-        (e = ibid_gguf_get_f32(g, "llama.rope.scaling.factor", false, &factor)))
+                         "%s: RoPE scaling \"%s\" is not supported; none and linear are", label,
+                         ibid_gguf_show(type, buf));
+    if ((e = get_float(b, "rope.scale_linear", false, &factor)) ||
+        (e = get_float(b, "rope.scaling.factor", false, &factor)))
         return e;
     if (!isfinite(factor) || factor < 0)
-        return ibid_fail(IBID_CORRUPT, "%s: llama.rope.scaling.factor is %g", ibid_gguf_label(g),
+        return ibid_fail(IBID_CORRUPT, "%s: %s.rope.scaling.factor is %g", label, b->arch->name,
                          (double)factor);
     *divisor = factor == 0 || str_is(type, "none") ? 1 : factor;
     return IBID_OK;
 }
 
 static ibid_err read_rope(model_box *b) {
-    const ibid_gguf *g = b->g;
-    const char *label = ibid_gguf_label(g);
+    const char *label = ibid_gguf_label(b->g), *arch = b->arch->name;
     size_t n_rot = b->m.head_dim;
     float theta = 10000, divisor = 1;
     ibid_tensor factors = {0};
     ibid_err e;
-    if ((e = get_count(g, "llama.rope.dimension_count", false, MAX_WIDTH, &n_rot)) ||
-        (e = ibid_gguf_get_f32(g, "llama.rope.freq_base", false, &theta)) ||
-        (e = read_scaling(g, &divisor)))
+    if ((e = get_count(b, "rope.dimension_count", false, MAX_WIDTH, &n_rot)) ||
+        (e = get_float(b, "rope.freq_base", false, &theta)) || (e = read_scaling(b, &divisor)))
         return e;
     if (n_rot > b->m.head_dim || n_rot % 2 != 0)
-        return ibid_fail(IBID_CORRUPT, "%s: llama.rope.dimension_count is %zu for heads of %zu",
-                         label, n_rot, b->m.head_dim);
+        return ibid_fail(IBID_CORRUPT, "%s: %s.rope.dimension_count is %zu for heads of %zu", label,
+                         arch, n_rot, b->m.head_dim);
     if (!isfinite(theta) || theta < 1)
-        return ibid_fail(IBID_CORRUPT, "%s: llama.rope.freq_base is %g", label, (double)theta);
-    if (ibid_gguf_tensor_find(g, "rope_freqs.weight") &&
+        return ibid_fail(IBID_CORRUPT, "%s: %s.rope.freq_base is %g", label, arch, (double)theta);
+    if (b->arch->rope_factors && ibid_gguf_tensor_find(b->g, "rope_freqs.weight") &&
         (e = get_tensor(b, "rope_freqs.weight", 1, n_rot / 2, true, &factors)))
         return e;
     b->freq = ibid_calloc(n_rot / 2, sizeof *b->freq);
@@ -250,7 +305,7 @@ static ibid_err read_rope(model_box *b) {
         double turn = pow((double)theta, -2.0 * (double)i / (double)n_rot);
         b->freq[i] = (float)(turn / (double)factor / (double)divisor);
     }
-    b->m.rope = (ibid_rope){.n_rot = n_rot, .freq = b->freq};
+    b->m.rope = (ibid_rope){.pairing = b->arch->pairing, .n_rot = n_rot, .freq = b->freq};
     return IBID_OK;
 }
 
@@ -270,26 +325,37 @@ static ibid_err read_name(model_box *b) {
     return IBID_OK;
 }
 
-static ibid_err read_model(model_box *b) {
+static ibid_err read_arch(model_box *b) {
     char buf[64];
-    ibid_gguf_str arch = {0};
-    uint64_t vocab;
-    ibid_err e = ibid_gguf_get_str(b->g, "general.architecture", true, &arch);
+    ibid_gguf_str name = {0};
+    ibid_err e = ibid_gguf_get_str(b->g, "general.architecture", true, &name);
     if (e) return e;
-    if (!str_is(arch, "llama"))
-        return ibid_fail(IBID_NOTSUP, "%s: the architecture \"%s\" is not supported; llama is",
-                         ibid_gguf_label(b->g), ibid_gguf_show(arch, buf));
-    b->m.arch = IBID_ARCH_LLAMA;
-    if ((e = refuse_variants(b->g)) || (e = read_shape(b)) || (e = read_name(b)) ||
-        (e = ibidi_tokenizer_open(b->g, NULL, &b->tokenizer)))
+    for (size_t i = 0; i < sizeof archs / sizeof *archs; i++)
+        if (str_is(name, archs[i].name)) b->arch = &archs[i];
+    if (!b->arch)
+        return ibid_fail(IBID_NOTSUP,
+                         "%s: the architecture \"%s\" is not supported; llama, qwen2 and qwen3 are",
+                         ibid_gguf_label(b->g), ibid_gguf_show(name, buf));
+    b->m.arch = b->arch->arch;
+    return IBID_OK;
+}
+
+static ibid_err read_model(model_box *b) {
+    char key[MAX_KEY];
+    uint64_t vocab;
+    ibid_err e;
+    if ((e = read_arch(b)) || (e = refuse_variants(b)) || (e = read_shape(b)) ||
+        (e = read_name(b)) || (e = ibidi_tokenizer_open(b->g, NULL, &b->tokenizer)))
         return e;
     b->m.tokenizer = b->tokenizer;
     b->m.n_vocab = ibid_tokenizer_size(b->tokenizer);
     vocab = b->m.n_vocab;
-    if ((e = ibid_gguf_get_u64(b->g, "llama.vocab_size", false, &vocab))) return e;
+    if ((e = ibid_gguf_get_u64(b->g, key_of(b, "vocab_size", key), false, &vocab))) return e;
     if (vocab != b->m.n_vocab)
-        return ibid_fail(IBID_CORRUPT, "%s: llama.vocab_size is %llu for %zu tokens",
-                         ibid_gguf_label(b->g), (unsigned long long)vocab, b->m.n_vocab);
+        return ibid_fail(IBID_CORRUPT, "%s: %s is %llu for %zu tokens", ibid_gguf_label(b->g), key,
+                         (unsigned long long)vocab, b->m.n_vocab);
+    b->used = ibid_calloc(ibid_gguf_n_tensors(b->g) + 1, sizeof *b->used);
+    if (!b->used) return ibid_fail(IBID_NOMEM, "out of memory for a model");
     if ((e = read_ends(b)) || (e = read_layers(b)) || (e = read_rope(b))) return e;
     return check_all_used(b);
 }
@@ -326,6 +392,7 @@ void ibid_model_close(ibid_model *m) {
     ibidi_tokenizer_close(b->tokenizer);
     ibid_free(b->layers);
     ibid_free(b->freq);
+    ibid_free(b->used);
     ibid_free(b->chat_text);
     ibid_free(b->name);
     ibid_gguf_close(b->g);

@@ -191,7 +191,9 @@ static ibid_err read_pre(opening *o, const char *pre) {
             o->t->add_bos = known_pre[i].whole_words;
             return IBID_OK;
         }
-    return ibid_fail(IBID_NOTSUP, "%s: the pre-tokenizer \"%s\" is not supported",
+    return ibid_fail(IBID_NOTSUP,
+                     "%s: the pre-tokenizer \"%s\" is not supported; those of gpt-2, smollm, "
+                     "llama-bpe and qwen2 and their kin are",
                      ibid_gguf_label(o->g), ibid_gguf_show(name, a));
 }
 

@@ -117,7 +117,8 @@ static const damage damages[] = {
      "twice"},
     {"key missing", KEY, "llama.embedding_length", 0, 'x', 1, NULL, IBID_CORRUPT,
      "llama.embedding_length is missing"},
-    {"architecture", VALUE, "general.architecture", 8, 0, 5, "gemma", IBID_NOTSUP, "\"gemma\""},
+    {"architecture", VALUE, "general.architecture", 8, 0, 5, "gemma", IBID_NOTSUP,
+     "\"gemma\" is not supported; llama, qwen2 and qwen3 are"},
     {"alignment 0", VALUE, "general.alignment", 0, 0, 4, NULL, IBID_CORRUPT, "general.alignment"},
     {"alignment 24", VALUE, "general.alignment", 0, 24, 4, NULL, IBID_CORRUPT, "general.alignment"},
     {"alignment 1", VALUE, "general.alignment", 0, 1, 4, NULL, IBID_CORRUPT, "general.alignment"},
@@ -198,7 +199,11 @@ static const damage damages[] = {
      "unknown type 99"},
     {"type all ones", TENSOR, "blk.0.attn_q.weight", TYPE, UINT32_MAX, 4, NULL, IBID_CORRUPT,
      "unknown type"},
-    {"type not read", TENSOR, "blk.0.attn_q.weight", TYPE, 12, 4, NULL, IBID_NOTSUP, "Q4_K"},
+    {"type not read", TENSOR, "blk.0.attn_q.weight", TYPE, 10, 4, NULL, IBID_NOTSUP,
+     "Q2_K, which is not supported: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and "
+     "Q6_K are"},
+    {"a quarter of a block", TENSOR, "blk.0.attn_q.weight", TYPE, IBID_Q4_K, 4, NULL, IBID_CORRUPT,
+     "whole blocks of Q4_K"},
     {"a smaller type fits", TENSOR, "blk.0.attn_q.weight", TYPE, IBID_F16, 4, NULL, IBID_OK, NULL},
     {"tensor missing", TENSOR_NAME, "blk.1.ffn_up.weight", 11, 'q', 1, NULL, IBID_CORRUPT,
      "blk.1.ffn_up.weight is missing"},
@@ -275,6 +280,88 @@ static void damage_in_two_places(void **state) {
     }
 }
 
+/* What one architecture has and another has not. FLAT_TYPE: in what follows a vector's name. */
+static void damage_of_architectures(void **state) {
+    (void)state;
+    enum { FLAT_TYPE = 12 };
+    static const struct {
+        const char *arch;
+        bool biases, factors;
+        damage d;
+    } cases[] = {
+        {"qwen3", false, false, {"sound", AT, NULL, 0, 'G', 1, NULL, IBID_OK, NULL}},
+        {"qwen3",
+         false,
+         false,
+         {"head norm missing", TENSOR_NAME, "blk.1.attn_k_norm.weight", 6, 'x', 1, NULL,
+          IBID_CORRUPT, "blk.1.attn_k_norm.weight is missing"}},
+        {"qwen3",
+         false,
+         false,
+         {"head norm too short", TENSOR, "blk.0.attn_q_norm.weight", DIM0, 8, 8, NULL, IBID_CORRUPT,
+          "attn_q_norm.weight has the shape [8, 1, 1, 1], not [16, 1]"}},
+        {"qwen3",
+         false,
+         false,
+         {"head norm in f16", TENSOR, "blk.0.attn_q_norm.weight", FLAT_TYPE, IBID_F16, 4, NULL,
+          IBID_NOTSUP, "attn_q_norm.weight has the type F16, which is not supported: only F32"}},
+        {"qwen3",
+         false,
+         false,
+         {"width 0", VALUE, "qwen3.embedding_length", 0, 0, 4, NULL, IBID_CORRUPT,
+          "qwen3.embedding_length is 0"}},
+        {"qwen3",
+         true,
+         false,
+         {"biases", AT, NULL, 0, 'G', 1, NULL, IBID_NOTSUP,
+          "blk.0.attn_k.bias is not supported: of 32 tensors the qwen3 architecture"}},
+        {"qwen2", false, false, {"sound", AT, NULL, 0, 'G', 1, NULL, IBID_OK, NULL}},
+        {"qwen2",
+         false,
+         false,
+         {"bias missing", TENSOR_NAME, "blk.0.attn_v.bias", 6, 'x', 1, NULL, IBID_CORRUPT,
+          "blk.0.attn_v.bias is missing"}},
+        {"qwen2",
+         false,
+         false,
+         {"bias too short", TENSOR, "blk.0.attn_k.bias", DIM0, 16, 8, NULL, IBID_CORRUPT,
+          "attn_k.bias has the shape [16, 1, 1, 1], not [32, 1]"}},
+        {"qwen2",
+         false,
+         false,
+         {"bias of no type", TENSOR, "blk.0.attn_k.bias", FLAT_TYPE, 77, 4, NULL, IBID_CORRUPT,
+          "unknown type 77"}},
+        {"qwen2",
+         false,
+         true,
+         {"factors", AT, NULL, 0, 'G', 1, NULL, IBID_NOTSUP, "rope_freqs.weight is not supported"}},
+        {"qwen2",
+         true,
+         false,
+         {"output bias", AT, NULL, 0, 'G', 1, NULL, IBID_NOTSUP, "attn_output.bias"}},
+        {"llama", true, true, {"sound", AT, NULL, 0, 'G', 1, NULL, IBID_OK, NULL}},
+        {"llama",
+         true,
+         false,
+         {"another bias", TENSOR_NAME, "blk.0.attn_q.bias", 6, 'x', 1, NULL, IBID_NOTSUP,
+          "blk.0.xttn_q.bias is not supported"}},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const damage *d = &cases[i].d;
+        ibid_test_gguf spec = ibid_test_gguf_small();
+        ibid_buf b;
+        spec.arch = cases[i].arch;
+        spec.biases = cases[i].biases;
+        spec.rope_freqs = cases[i].factors;
+        build(&spec, &b);
+        do_damage(d, &b);
+        ibid_err e = try_bytes(b.data, b.len);
+        if (e != d->want || (d->detail && !strstr(ibid_err_detail(), d->detail)))
+            fail_msg("%s, %s: %s: %s", spec.arch, d->what, ibid_err_code(e), ibid_err_detail());
+        ibid_buf_fini(&b);
+    }
+}
+
 static void a_token_twice(void **state) {
     (void)state;
     ibid_test_gguf spec = ibid_test_gguf_small();
@@ -335,10 +422,17 @@ static void random_damage(void **state) {
 
 static void every_type_opens(void **state) {
     (void)state;
-    static const ibid_type types[] = {IBID_F32, IBID_F16, IBID_Q8_0, IBID_Q4_0, IBID_Q4_1};
-    for (size_t i = 0; i < 10; i++) {
+    static const ibid_type types[] = {IBID_F32,  IBID_F16,  IBID_BF16, IBID_Q8_0,
+                                      IBID_Q4_0, IBID_Q4_1, IBID_Q5_0, IBID_Q5_1,
+                                      IBID_Q4_K, IBID_Q5_K, IBID_Q6_K};
+    for (size_t i = 0; i < 2 * sizeof types / sizeof *types; i++) {
         ibid_test_gguf spec = ibid_test_gguf_small();
         spec.type = types[i / 2];
+        bool super = ibid_type_block(spec.type) == 256;
+        if (super) {
+            spec.n_embd = spec.n_ff = 256;
+            spec.head_dim = 64;
+        }
         spec.tied = i % 2;
         spec.n_vocab = 300;
         ibid_buf b;
@@ -347,14 +441,14 @@ static void every_type_opens(void **state) {
         build(&spec, &b);
         assert_int_equal(open_bytes(b.data, b.len, &m, &block), IBID_OK);
         assert_int_equal(m->n_layers, 2);
-        assert_int_equal(m->head_dim, 16);
+        assert_int_equal(m->head_dim, super ? 64 : 16);
         assert_int_equal(m->n_vocab, 300);
         assert_int_equal(m->n_ctx, 512);
         assert_int_equal(m->file_bytes, b.len);
-        assert_int_equal(m->layers[1].down.rows, 64);
-        assert_int_equal(m->layers[1].down.cols, 96);
+        assert_int_equal(m->layers[1].down.rows, spec.n_embd);
+        assert_int_equal(m->layers[1].down.cols, spec.n_ff);
         assert_int_equal(m->layers[1].down.type, spec.type);
-        assert_int_equal(m->layers[1].down.row_bytes, ibid_type_row_bytes(spec.type, 96));
+        assert_int_equal(m->layers[1].down.row_bytes, ibid_type_row_bytes(spec.type, spec.n_ff));
         assert_int_equal(m->layers[0].attn_norm.type, IBID_F32);
         assert_int_equal(m->output.data == m->embed.data, spec.tied);
         assert_string_equal(m->chat->name, "chatml");
@@ -531,12 +625,19 @@ static void default_model_opens(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(every_type_opens),       cmocka_unit_test(rope_is_read),
-        cmocka_unit_test(same_seed_same_file),    cmocka_unit_test(files_open),
-        cmocka_unit_test(getters_check_types),    cmocka_unit_test(damage_is_named),
-        cmocka_unit_test(damage_in_two_places),   cmocka_unit_test(a_token_twice),
-        cmocka_unit_test(truncation_is_an_error), cmocka_unit_test(random_damage),
-        cmocka_unit_test(allocations_fail),       cmocka_unit_test(default_model_opens),
+        cmocka_unit_test(damage_of_architectures),
+        cmocka_unit_test(every_type_opens),
+        cmocka_unit_test(rope_is_read),
+        cmocka_unit_test(same_seed_same_file),
+        cmocka_unit_test(files_open),
+        cmocka_unit_test(getters_check_types),
+        cmocka_unit_test(damage_is_named),
+        cmocka_unit_test(damage_in_two_places),
+        cmocka_unit_test(a_token_twice),
+        cmocka_unit_test(truncation_is_an_error),
+        cmocka_unit_test(random_damage),
+        cmocka_unit_test(allocations_fail),
+        cmocka_unit_test(default_model_opens),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     return failed ? 1 : ibid_test_model_exit();

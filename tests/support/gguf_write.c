@@ -1,13 +1,14 @@
 #include "tests/support/gguf_write.h"
 
 #include "attention/model/gguf.h"
+#include "tests/support/quantise.h"
 
 #include <errno.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 
-enum { ALIGN = 32, BLOCK = 32, OUTLIER_ROWS = 4 };
+enum { ALIGN = 32, OUTLIER_ROWS = 4, PER_LAYER = 15 };
 
 /* splitmix64: one stream for the whole file. */
 static uint64_t next_random(uint64_t *s) {
@@ -87,6 +88,27 @@ static void kv_bool(writer *w, const char *key, bool value) {
     put(w, &byte, 1);
 }
 
+/* The same with the architecture before the key. */
+static const char *arch_key(const char *arch, const char *key, char buf[64]) {
+    (void)snprintf(buf, 64, "%s.%s", arch, key);
+    return buf;
+}
+
+static void arch_str(writer *w, const char *arch, const char *key, const char *value) {
+    char buf[64];
+    kv_str(w, arch_key(arch, key, buf), value);
+}
+
+static void arch_u32(writer *w, const char *arch, const char *key, size_t value) {
+    char buf[64];
+    kv_u32(w, arch_key(arch, key, buf), value);
+}
+
+static void arch_f32(writer *w, const char *arch, const char *key, float value) {
+    char buf[64];
+    kv_f32(w, arch_key(arch, key, buf), value);
+}
+
 static void kv_array(writer *w, const char *key, uint32_t type, size_t n) {
     put_key(w, key, IBID_GGUF_ARRAY);
     put_u32(w, type);
@@ -151,27 +173,28 @@ static const char chatml[] =
 /* Returns how many keys it wrote. */
 static uint64_t put_metadata(writer *w, const ibid_test_gguf *s, size_t head_dim, size_t n_rot) {
     uint64_t n = 22;
-    kv_str(w, "general.architecture", "llama");
+    const char *arch = s->arch ? s->arch : "llama";
+    kv_str(w, "general.architecture", arch);
     kv_str(w, "general.name", "a random test model");
     kv_u32(w, "general.alignment", ALIGN);
-    kv_u32(w, "llama.block_count", s->n_layers);
-    kv_u32(w, "llama.context_length", s->n_ctx);
-    kv_u32(w, "llama.embedding_length", s->n_embd);
-    kv_u32(w, "llama.feed_forward_length", s->n_ff);
-    kv_u32(w, "llama.attention.head_count", s->n_heads);
-    kv_u32(w, "llama.attention.head_count_kv", s->n_kv_heads);
-    kv_f32(w, "llama.attention.layer_norm_rms_epsilon", 1e-5f);
-    kv_u32(w, "llama.rope.dimension_count", n_rot);
-    kv_f32(w, "llama.rope.freq_base", s->rope_theta > 0 ? s->rope_theta : 10000.0f);
-    kv_u32(w, "llama.vocab_size", s->n_vocab);
+    arch_u32(w, arch, "block_count", s->n_layers);
+    arch_u32(w, arch, "context_length", s->n_ctx);
+    arch_u32(w, arch, "embedding_length", s->n_embd);
+    arch_u32(w, arch, "feed_forward_length", s->n_ff);
+    arch_u32(w, arch, "attention.head_count", s->n_heads);
+    arch_u32(w, arch, "attention.head_count_kv", s->n_kv_heads);
+    arch_f32(w, arch, "attention.layer_norm_rms_epsilon", 1e-5f);
+    arch_u32(w, arch, "rope.dimension_count", n_rot);
+    arch_f32(w, arch, "rope.freq_base", s->rope_theta > 0 ? s->rope_theta : 10000.0f);
+    arch_u32(w, arch, "vocab_size", s->n_vocab);
     if (s->head_dim) {
-        kv_u32(w, "llama.attention.key_length", head_dim);
-        kv_u32(w, "llama.attention.value_length", head_dim);
+        arch_u32(w, arch, "attention.key_length", head_dim);
+        arch_u32(w, arch, "attention.value_length", head_dim);
         n += 2;
     }
     if (s->rope_linear > 0) {
-        kv_str(w, "llama.rope.scaling.type", s->rope_type ? s->rope_type : "linear");
-        kv_f32(w, "llama.rope.scaling.factor", s->rope_linear);
+        arch_str(w, arch, "rope.scaling.type", s->rope_type ? s->rope_type : "linear");
+        arch_f32(w, arch, "rope.scaling.factor", s->rope_linear);
         n += 2;
     }
     kv_str(w, "tokenizer.ggml.model", "gpt2");
@@ -189,58 +212,48 @@ typedef struct plan {
     char name[40];
     size_t rows, cols;
     ibid_type type;
-    enum { WEIGHTS, NORM, FACTORS } kind;
+    enum { WEIGHTS, NORM, HEAD_NORM, BIAS, FACTORS } kind;
     float outlier; /* 0: none; otherwise rows [0, OUTLIER_ROWS) are this much larger */
 } plan;
 
-static void put_block(writer *w, ibid_type type, const float *x) {
-    float low = x[0], high = x[0], most = 0;
-    for (size_t i = 0; i < BLOCK; i++) {
-        low = fminf(low, x[i]);
-        high = fmaxf(high, x[i]);
-        most = fmaxf(most, fabsf(x[i]));
-    }
-    float d = type == IBID_Q8_0 ? most / 127 : type == IBID_Q4_0 ? most / 7 : (high - low) / 15;
-    float base = type == IBID_Q4_1 ? low : type == IBID_Q4_0 ? -8 * d : 0;
-    uint16_t scale = to_f16(d), minimum = to_f16(low);
-    put(w, &scale, sizeof scale);
-    if (type == IBID_Q4_1) put(w, &minimum, sizeof minimum);
-    if (type == IBID_Q8_0) {
-        int8_t q[BLOCK];
-        for (size_t i = 0; i < BLOCK; i++) q[i] = (int8_t)lrintf(d > 0 ? x[i] / d : 0);
-        put(w, q, sizeof q);
-        return;
-    }
-    uint8_t packed[BLOCK / 2], q[BLOCK];
-    for (size_t i = 0; i < BLOCK; i++) {
-        float v = d > 0 ? (x[i] - base) / d : 0;
-        q[i] = (uint8_t)lrintf(fminf(fmaxf(v, 0), 15));
-    }
-    for (size_t i = 0; i < BLOCK / 2; i++) packed[i] = (uint8_t)(q[i] | q[i + BLOCK / 2] << 4);
-    put(w, packed, sizeof packed);
-}
-
 static float value_of(const plan *p, size_t i, uint64_t *random) {
-    if (p->kind == NORM) return 1 + 0.1f * next_weight(random);
-    if (p->kind == FACTORS) return 1 + 3 * (float)i / (float)p->cols;
+    switch (p->kind) {
+    case NORM:
+        return 1 + 0.1f * next_weight(random);
+    case HEAD_NORM:
+        return 1 + 0.4f * next_weight(random);
+    case BIAS:
+        return next_weight(random);
+    case FACTORS:
+        return 1 + 3 * (float)i / (float)p->cols;
+    case WEIGHTS:
+        break;
+    }
     float v = next_weight(random) / sqrtf((float)p->cols);
     return p->outlier > 0 && i < OUTLIER_ROWS * p->cols ? v * p->outlier : v;
 }
 
+/* The high half, to nearest even; the values here are finite. */
+static uint16_t to_bf16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
 static void put_tensor(writer *w, const plan *p, uint64_t *random) {
-    float block[BLOCK];
-    size_t n = p->rows * p->cols;
+    float values[TEST_SUPER];
+    uint8_t block[TEST_SUPER];
+    size_t n = p->rows * p->cols, each = ibid_type_block(p->type);
     for (size_t i = 0; i < n && !w->e; i++) {
         float v = value_of(p, i, random);
-        uint16_t half = to_f16(v);
+        uint16_t half = p->type == IBID_BF16 ? to_bf16(v) : to_f16(v);
+        values[i % each] = v;
         if (p->type == IBID_F32)
             put(w, &v, sizeof v);
-        else if (p->type == IBID_F16)
+        else if (each == 1)
             put(w, &half, sizeof half);
-        else
-            block[i % BLOCK] = v;
-        if (p->type != IBID_F32 && p->type != IBID_F16 && i % BLOCK == BLOCK - 1)
-            put_block(w, p->type, block);
+        else if (i % each == each - 1)
+            put(w, block, test_quantise(p->type, values, to_f16, block));
     }
     static const char zeros[ALIGN];
     put(w, zeros, ibid_align_up(w->out->len, ALIGN) - w->out->len);
@@ -250,8 +263,37 @@ static plan matrix(ibid_type type, size_t rows, size_t cols) {
     return (plan){.rows = rows, .cols = cols, .type = type, .kind = WEIGHTS};
 }
 
-static plan floats(size_t cols, bool factors) {
-    return (plan){.rows = 1, .cols = cols, .type = IBID_F32, .kind = factors ? FACTORS : NORM};
+static plan floats(size_t cols, int kind) {
+    plan p = {.rows = 1, .cols = cols, .type = IBID_F32};
+    p.kind = kind;
+    return p;
+}
+
+static bool is_arch(const ibid_test_gguf *s, const char *name) {
+    return strcmp(s->arch ? s->arch : "llama", name) == 0;
+}
+
+/* What some architectures have besides, in one layer. */
+static size_t plan_extras(const ibid_test_gguf *s, size_t layer, size_t head_dim, plan *p) {
+    bool norms = is_arch(s, "qwen3"), biases = s->biases || is_arch(s, "qwen2");
+    size_t q = s->n_heads * head_dim, kv = s->n_kv_heads * head_dim, n = 0;
+    const struct {
+        const char *part;
+        size_t cols;
+        bool wanted;
+        int kind;
+    } all[] = {{"attn_q.bias", q, biases, BIAS},
+               {"attn_k.bias", kv, biases, BIAS},
+               {"attn_v.bias", kv, biases, BIAS},
+               {"attn_output.bias", s->n_embd, s->biases, BIAS},
+               {"attn_q_norm.weight", head_dim, norms, HEAD_NORM},
+               {"attn_k_norm.weight", head_dim, norms, HEAD_NORM}};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        if (!all[i].wanted) continue;
+        p[n] = floats(all[i].cols, all[i].kind);
+        (void)snprintf(p[n++].name, sizeof p->name, "blk.%zu.%s", layer, all[i].part);
+    }
+    return n;
 }
 
 /* Fills plans in file order; returns how many. */
@@ -262,12 +304,12 @@ static size_t plan_tensors(const ibid_test_gguf *s, size_t head_dim, size_t n_ro
     p[n] = matrix(s->type, s->n_vocab, d);
     strcpy(p[n++].name, "token_embd.weight");
     for (size_t i = 0; i < s->n_layers; i++) {
-        plan layer[] = {floats(d, false),
+        plan layer[] = {floats(d, NORM),
                         matrix(s->type, q, d),
                         matrix(s->type, kv, d),
                         matrix(s->type, kv, d),
                         matrix(s->type, d, q),
-                        floats(d, false),
+                        floats(d, NORM),
                         matrix(s->type, s->n_ff, d),
                         matrix(s->type, s->n_ff, d),
                         matrix(s->type, d, s->n_ff)};
@@ -277,15 +319,16 @@ static size_t plan_tensors(const ibid_test_gguf *s, size_t head_dim, size_t n_ro
             if (strcmp(parts[j], "attn_k") == 0) p[n].outlier = s->key_outlier;
             n++;
         }
+        n += plan_extras(s, i, head_dim, p + n);
     }
-    p[n] = floats(d, false);
+    p[n] = floats(d, NORM);
     strcpy(p[n++].name, "output_norm.weight");
     if (!s->tied) {
         p[n] = matrix(s->type, s->n_vocab, d);
         strcpy(p[n++].name, "output.weight");
     }
     if (s->rope_freqs) {
-        p[n] = floats(n_rot / 2, true);
+        p[n] = floats(n_rot / 2, FACTORS);
         strcpy(p[n++].name, "rope_freqs.weight");
     }
     return n;
@@ -321,7 +364,7 @@ ibid_err ibid_test_build_gguf(const ibid_test_gguf *s, ibid_buf *out) {
     uint64_t random = s->seed;
     writer w = {.out = out, .e = check_spec(s, head_dim)};
     if (w.e) return w.e;
-    plan *plans = ibid_calloc(s->n_layers * 9 + 4, sizeof *plans);
+    plan *plans = ibid_calloc(s->n_layers * PER_LAYER + 4, sizeof *plans);
     if (!plans) return ibid_fail(IBID_NOMEM, "out of memory for a test model");
     size_t n = plan_tensors(s, head_dim, n_rot, plans), counts = out->len + 8;
     put(&w, "GGUF", 4);

@@ -1,5 +1,6 @@
-/* Writes small, complete llama-architecture GGUF files for tests: random weights from a seed, a
- * byte-level vocabulary with a few merges, and ChatML control tokens. Same spec, same bytes. */
+/* Writes small, complete GGUF files of the architectures that are read, for tests: random weights
+ * from a seed, a byte-level vocabulary with a few merges, and ChatML control tokens. Same spec,
+ * same bytes. */
 #ifndef IBID_TEST_GGUF_WRITE_H
 #define IBID_TEST_GGUF_WRITE_H
 
@@ -19,7 +20,7 @@ typedef struct ibid_test_gguf {
     size_t n_layers, n_embd, n_heads, n_kv_heads, n_ff;
     size_t n_vocab; /* at least IBID_TEST_MIN_VOCAB */
     size_t n_ctx;
-    ibid_type type; /* of the matrices (norms stay f32): F32, F16, Q8_0, Q4_0 or Q4_1 */
+    ibid_type type; /* of the matrices (norms stay f32) */
     uint64_t seed;
     bool tied; /* no output.weight: the logits use the embedding */
     /* The rest may stay zero. */
@@ -30,6 +31,8 @@ typedef struct ibid_test_gguf {
     bool rope_freqs;       /* write rope_freqs.weight (factors from 1 to 4) */
     const char *pre;       /* NULL: "smollm" */
     const char *rope_type; /* of the scaling, when rope_linear is set; NULL: "linear" */
+    const char *arch;      /* NULL: "llama"; "qwen2" has biases of q, k and v, "qwen3" head norms */
+    bool biases;           /* llama: biases of q, k, v and the output */
     float key_outlier; /* 0: none; otherwise the first rows of every attn_k are this much larger */
 } ibid_test_gguf;
 
@@ -38,7 +41,8 @@ typedef struct ibid_test_gguf {
 ibid_test_gguf ibid_test_gguf_small(void);
 
 /* Appends the file to an initialised buffer, or writes it to a path (truncating it). Columns must
- * be whole blocks of the type (32) for the quantised ones. Errors: INVAL (spec), NOMEM, TOOBIG, IO.
+ * be whole blocks of the type (32, or 256) for the quantised ones. Errors: INVAL (spec), NOMEM,
+ * TOOBIG, IO.
  */
 ibid_err ibid_test_build_gguf(const ibid_test_gguf *spec, ibid_buf *out);
 ibid_err ibid_test_write_gguf(const char *path, const ibid_test_gguf *spec);
