@@ -129,10 +129,11 @@ ibid_err ibidi_model_save(ibidi_room *r, ibidi_loaded *m) {
     (void)pthread_mutex_lock(&m->lock);
     if (!e) e = ibidi_gates_encode(&m->gates, &gates);
     (void)pthread_mutex_unlock(&m->lock);
+    const char *arch = ibid_arch_name(m->model->arch);
     ibid_model_record rec = {.fingerprint = m->model->fingerprint,
                              .name = {m->name, strlen(m->name)},
                              .path = {m->path, strlen(m->path)},
-                             .arch = {"llama", 5},
+                             .arch = {arch, strlen(arch)},
                              .n_layers = m->model->n_layers,
                              .n_heads = m->model->n_heads,
                              .n_kv_heads = m->model->n_kv_heads,

@@ -50,7 +50,7 @@ static void put_info(ibid_enc *e, ibidi_loaded *m) {
     ibid_enc_map(e, "model");
     ibid_enc_bin(e, "fingerprint", x->fingerprint.b, sizeof x->fingerprint.b);
     ibid_enc_cstr(e, "name", m->name);
-    ibid_enc_cstr(e, "arch", "llama");
+    ibid_enc_cstr(e, "arch", ibid_arch_name(x->arch));
     ibid_enc_cstr(e, "path", m->path);
     (void)pthread_mutex_unlock(&m->lock);
     ibid_enc_cstr(e, "template", x->chat ? x->chat->name : "none");

@@ -34,6 +34,12 @@ static const arch_info archs[] = {
     {"qwen3", IBID_ARCH_QWEN3, IBID_PAIR_HALF, NEVER, ALWAYS, NEVER, NEVER},
 };
 
+const char *ibid_arch_name(ibid_arch arch) {
+    for (size_t i = 0; i < sizeof archs / sizeof *archs; i++)
+        if (archs[i].arch == arch) return archs[i].name;
+    return "unknown";
+}
+
 typedef struct model_box {
     ibid_model m; /* first: a model is its box */
     const arch_info *arch;

@@ -53,4 +53,6 @@ typedef struct ibid_model {
  * tokenizer this build does not read, by name). */
 ibid_err ibid_model_open(const char *path, const ibid_hash *fingerprint, ibid_model **out);
 void ibid_model_close(ibid_model *m);
+/* As GGUF files name it. */
+const char *ibid_arch_name(ibid_arch arch);
 #endif

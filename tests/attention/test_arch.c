@@ -79,7 +79,7 @@ static void must(ibid_err e) {
 }
 
 /* Logits of all tokens. */
-static float *run(const ibid_model *m, const char *kernels) {
+static float *run(const ibid_model *m, const char *kernels, bool int8) {
     int32_t tokens[N_TOKENS];
     uint32_t positions[N_TOKENS];
     ibid_engine *e = NULL;
@@ -90,7 +90,8 @@ static float *run(const ibid_model *m, const char *kernels) {
         tokens[i] = token_at(i);
         positions[i] = (uint32_t)i;
     }
-    must(ibid_engine_open(m, &(ibid_engine_opts){.kernels = kernels, .n_threads = 2}, &e));
+    must(ibid_engine_open(m, &(ibid_engine_opts){.kernels = kernels, .n_threads = 2, .int8 = int8},
+                          &e));
     must(ibid_seq_open(e, N_TOKENS, &s));
     ibid_step step = {.seq = s,
                       .tokens = tokens,
@@ -188,7 +189,7 @@ static void test_golden(void **state) {
                      case_name(i, name));
         if (weights_sum(&f.m->layers[1].down) != g[i].weights)
             fail_msg("%s: weights differ from the gguf package's", case_name(i, name));
-        float *logits = run(f.m, NULL);
+        float *logits = run(f.m, NULL, false);
         double d = apart(&g[i], logits);
         printf("%-24s %.2g\n", case_name(i, name), d);
         if (!(d <= types[i % N_TYPES].tolerance)) fail_msg("%s: %.3g away from llama.cpp", name, d);
@@ -254,7 +255,7 @@ static void test_parts_count(void **state) {
             m.layers = layers;
             const char *what = leave_out(&m, &layers[0], part, spec_of(i).tied, freq);
             if (!leave_out(&m, &layers[1], part, spec_of(i).tied, freq)) continue;
-            float *logits = run(&m, NULL);
+            float *logits = run(&m, NULL, false);
             double d = apart(&g[i], logits), most = types[i % N_TYPES].tolerance;
             if (i % N_TYPES == 0 || !(d > 2 * most))
                 printf("%s without %s: %.2g\n", case_name(i, name), what, d);
@@ -272,7 +273,7 @@ static void test_parts_count(void **state) {
 
 static void check_naive(const fx_model *f, const double *want, const char *kernels,
                         const char *name) {
-    float *logits = run(f->m, kernels);
+    float *logits = run(f->m, kernels, false);
     double off = 0, size = 0;
     for (size_t i = 0; i < N_TOKENS * VOCAB; i++) {
         off = fmax(off, fabs((double)logits[i] - want[i]));
@@ -342,6 +343,34 @@ static void test_stored(void **state) {
     }
 }
 
+/* Integer arithmetic on panels of each type, on every backend that has it, against the exact one.
+ */
+static void test_int8(void **state) {
+    (void)state;
+    for (size_t i = 0; i < N_CASES; i++) {
+        fx_model f;
+        char name[64];
+        open_case(&f, i);
+        float *exact = run(f.m, NULL, false);
+        for (const ibid_kernels *const *k = ibid_kernels_all(); *k; k++) {
+            if (!(*k)->supported() || !(*k)->matmul_q8) continue;
+            double off = 0, size = 0;
+            float *logits = run(f.m, (*k)->name, true);
+            for (size_t v = 0; v < N_TOKENS * VOCAB; v++) {
+                off += pow((double)logits[v] - (double)exact[v], 2);
+                size += pow((double)exact[v], 2);
+            }
+            off = sqrt(off / size);
+            if (i % 4 == 0) printf("%-24s %-12s %.2g\n", case_name(i, name), (*k)->name, off);
+            if (!(off <= 3e-2))
+                fail_msg("%s, %s kernels: int8 is %.3g away", case_name(i, name), (*k)->name, off);
+            free(logits);
+        }
+        free(exact);
+        fx_close(&f);
+    }
+}
+
 /* ---- for make_arch.py ---- */
 
 static int write_files(const char *folder) {
@@ -364,7 +393,7 @@ static int print_logits(const char *path) {
         fprintf(stderr, "%s\n", ibid_err_detail());
         return 1;
     }
-    float *logits = run(m, NULL);
+    float *logits = run(m, NULL, false);
     size_t n = N_TOKENS * m->n_vocab;
     int rc = fwrite(logits, sizeof *logits, n, stdout) != n;
     free(logits);
@@ -373,9 +402,9 @@ static int print_logits(const char *path) {
 }
 
 int main(int argc, char **argv) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_golden),
-                                       cmocka_unit_test(test_parts_count),
-                                       cmocka_unit_test(test_naive), cmocka_unit_test(test_stored)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_golden), cmocka_unit_test(test_parts_count),
+        cmocka_unit_test(test_naive), cmocka_unit_test(test_stored), cmocka_unit_test(test_int8)};
     if (argc == 3 && strcmp(argv[1], "--write") == 0) return write_files(argv[2]);
     if (argc == 3 && strcmp(argv[1], "--logits") == 0) return print_logits(argv[2]);
     return cmocka_run_group_tests(tests, NULL, NULL);

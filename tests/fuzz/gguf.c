@@ -18,8 +18,9 @@ static void read_model(const ibid_model *m) {
     sum += last_byte(&m->embed) + last_byte(&m->output) + last_byte(&m->output_norm);
     for (size_t i = 0; i < m->n_layers; i++) {
         const ibid_layer *l = &m->layers[i];
-        const ibid_tensor *all[] = {&l->attn_norm, &l->wq,   &l->wk, &l->wv,  &l->wo,
-                                    &l->ffn_norm,  &l->gate, &l->up, &l->down};
+        const ibid_tensor *all[] = {&l->attn_norm, &l->wq,   &l->wk, &l->wv,     &l->wo,
+                                    &l->ffn_norm,  &l->gate, &l->up, &l->down,   &l->bq,
+                                    &l->bk,        &l->bv,   &l->bo, &l->q_norm, &l->k_norm};
         for (size_t j = 0; j < sizeof all / sizeof *all; j++) sum += last_byte(all[j]);
     }
     for (size_t i = 0; i < m->rope.n_rot / 2; i++)
