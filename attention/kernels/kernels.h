@@ -42,8 +42,6 @@ typedef struct ibid_attn_args {
     const uint64_t *masked;  /* bitmap over the segment's tokens, or NULL */
     ibid_attn_state *state;  /* [n_rows] */
     float *acc;              /* [n_rows, head_dim], unnormalised: divide by state.sum at the end */
-    const int8_t *k_fine;    /* [n_tokens, head_dim] of the head, or NULL; for attn_i8: keys are
-                              * (k + k_fine / 64) * k_scale */
 } ibid_attn_args;
 
 typedef struct ibid_kernels {
@@ -69,15 +67,11 @@ typedef struct ibid_kernels {
     void (*swiglu)(float *gate, const float *up, size_t n);
     void (*add)(float *x, const float *y, size_t n); /* x += y */
     void (*attn)(const ibid_attn_args *a);
-    /* Optional, both or none: attn in integers for q8_0 KV with head_dim a multiple of 32, up to
-     * 256 (what else it is given goes to attn); about twice as fast. Approximate: queries are
-     * rounded to 14 bits per 32 dimensions, weights to 8 bits, or to 16 where few tokens hold most
-     * of the weight. Grouping changes no bit here either.
-     *
-     * kv_refine: what kv_pack of n values to q8_0 lost of them, in 64ths of the scale. */
+    /* Optional: attn in integers for q8_0 KV with head_dim a multiple of 32, up to 256 (what else
+     * it is given goes to attn); two to three times as fast. Approximate: queries are rounded to
+     * int8 per 32 dimensions (multiples of max|q| / 127), weights to 8 bits, or to 16 where few
+     * tokens hold most of the weight. Grouping changes no bit here either. */
     void (*attn_i8)(const ibid_attn_args *a);
-    void (*kv_refine)(const float *src, size_t n, const int8_t *k, const uint16_t *scale,
-                      int8_t *fine);
     /* mass[t] += exp(q_r . k_t - lse[r]) over rows r and the tokens each may see: the attention
      * each token finally got, where lse[r] = log(sum) + max of the finished row. state and acc
      * unused. */

@@ -16,16 +16,13 @@
 #ifdef IBIDI_VNNI
 #include "attention/kernels/simd_attn_q8.h"
 #define SIMD_ATTN_I8 simd_attn_i8
-#define SIMD_KV_REFINE simd_kv_refine
 #else
 #define SIMD_ATTN_I8 NULL
-#define SIMD_KV_REFINE NULL
 #endif
 
 #define SIMD_ENTRIES                                                                               \
     .dequantize = simd_dequantize, .matmul = simd_matmul, .matmul_scratch = simd_matmul_scratch,   \
     .rmsnorm = simd_rmsnorm, .rope = simd_rope, .swiglu = simd_swiglu, .add = simd_add,            \
-    .attn = simd_attn, .attn_i8 = SIMD_ATTN_I8, .kv_refine = SIMD_KV_REFINE,                       \
-    .attn_mass = simd_attn_mass, .kv_pack = simd_kv_pack, .kv_unpack = simd_kv_unpack,             \
-    .maxsim_i8 = simd_maxsim_i8, .q8_bytes = simd_q8_bytes, .q8_pack = simd_q8_pack,               \
-    .matmul_q8 = simd_matmul_q8
+    .attn = simd_attn, .attn_i8 = SIMD_ATTN_I8, .attn_mass = simd_attn_mass,                       \
+    .kv_pack = simd_kv_pack, .kv_unpack = simd_kv_unpack, .maxsim_i8 = simd_maxsim_i8,             \
+    .q8_bytes = simd_q8_bytes, .q8_pack = simd_q8_pack, .matmul_q8 = simd_matmul_q8

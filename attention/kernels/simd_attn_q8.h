@@ -1,9 +1,8 @@
 /* Template: attention over q8_0 KV in integers, online softmax by tiles of 64 keys. Approximate.
  *
- * Scores. A query is rounded to 14 bits per 32 dimensions, once per call: 8 would cost as much
- * again as the keys' own rounding. A tile's keys are widened to 14 bits too, with k_fine's if
- * given, and turned so that a 32-bit lane holds two dimensions of one key: nothing is summed across
- * lanes.
+ * Scores. A query is rounded to int8 per 32 dimensions, once per call. A tile's keys are turned so
+ * that a 32-bit lane holds four dimensions of one key, as unsigned bytes (k + 128): dot products of
+ * bytes then sum nothing across lanes, and start at -128 * sum(q) to make up for the offset.
  *
  * Values. A row's weights e = 2^(score - the tile's best) are multiplied by the values' scales,
  * relative to the tile's largest one, before they are rounded: so the values' bytes are used as
@@ -32,15 +31,15 @@ enum {
 typedef struct aq_rows {
     const ibid_attn_args *a;
     size_t row0, n, dim, groups;
-    /* [n, dim], every four dimensions in the order 0, 2, 1, 3, as the keys are turned */
-    _Alignas(64) int16_t q[AQ_BATCH * AT_MAX_DIM];
-    float scale[AQ_BATCH * AQ_GROUPS]; /* [n, groups]; times log2(e) / 64 */
-    float top[AQ_BATCH];               /* state.max * log2(e) */
-    bool higher[AQ_BATCH];             /* top has grown */
+    _Alignas(64) int8_t q[AQ_BATCH * AT_MAX_DIM]; /* [n, dim] */
+    float scale[AQ_BATCH * AQ_GROUPS];            /* [n, groups]; times log2(e) */
+    int32_t start[AQ_BATCH * AQ_GROUPS];
+    float top[AQ_BATCH];   /* state.max * log2(e) */
+    bool higher[AQ_BATCH]; /* top has grown */
 } aq_rows;
 
 typedef struct aq_tile {
-    _Alignas(64) int16_t keys[AT_MAX_DIM * AT_KEYS];    /* [dim / 2, AT_KEYS, 2], times 64 */
+    _Alignas(64) uint8_t keys[AT_MAX_DIM * AT_KEYS];    /* [dim / 4, AT_KEYS, 4], + 128 */
     _Alignas(64) int8_t values[AT_MAX_DIM * AT_KEYS];   /* [AT_KEYS / 4, dim, 4] */
     _Alignas(64) float k_scale[AQ_GROUPS * AT_KEYS];    /* [groups, AT_KEYS] */
     _Alignas(64) float v_scale[2][AQ_GROUPS * AT_KEYS]; /* 255 of v_max's 1, and 65535 */
@@ -48,7 +47,7 @@ typedef struct aq_tile {
     size_t t0;
     /* A tile of fewer than AT_KEYS keys, filled up with zeros: nothing is read past a view's end.
      */
-    _Alignas(64) int8_t last[3][AT_MAX_DIM * AT_KEYS];
+    _Alignas(64) int8_t last[2][AT_MAX_DIM * AT_KEYS];
     _Alignas(64) uint16_t last_scale[2][AQ_GROUPS * AT_KEYS];
 } aq_tile;
 
@@ -69,13 +68,16 @@ static void aq_pack_row(aq_rows *x, size_t r) {
             v[i] = v_load(q + g * IBIDI_BLOCK + i * VL);
             max = v_max(max, v_abs(v[i]));
         }
-        float d = v_hmax(max) / 8191; /* 32 * 8191 * 64 * 127.5 is below 2^31 */
+        float d = v_hmax(max) / 127;
         vf inverse = v_set1(d > 0 ? 1 / d : 0);
-        int16_t *to = x->q + r * x->dim + g * IBIDI_BLOCK;
+        vi sum = vi_set1(0);
         for (size_t i = 0; i < IBIDI_BLOCK / VL; i++) {
-            vi_store_0213(to + i * VL, vi_round(v_mul(v[i], inverse)));
+            vi n = vi_round(v_mul(v[i], inverse));
+            vi_store_i8(x->q + r * x->dim + g * IBIDI_BLOCK + i * VL, n);
+            sum = vi_add(sum, n);
         }
-        x->scale[r * x->groups + g] = d * (1.44269504f / 64);
+        x->scale[r * x->groups + g] = d * 1.44269504f;
+        x->start[r * x->groups + g] = -128 * vi_hsum(sum);
     }
 }
 
@@ -105,19 +107,7 @@ INLINE void aq_fetch(const int8_t *p, size_t dim) {
     __builtin_prefetch((const void *)((uintptr_t)p + AQ_AHEAD * AT_KEYS * dim), 0, 1);
 }
 
-/* Lanes of VL keys, four dimensions each, to their places. */
-INLINE void aq_widen(int16_t *to, vi k) {
-    vi_store(to, vi_even_bytes(k));
-    vi_store(to + 2 * AT_KEYS, vi_odd_bytes(k));
-}
-
-/* What refines them, to be added to those. */
-INLINE void aq_refine(int16_t *to, vi fine) {
-    vi_store(to, vi_add_fine(vi_load(to), vi_even_bytes(fine)));
-    vi_store(to + 2 * AT_KEYS, vi_add_fine(vi_load(to + 2 * AT_KEYS), vi_odd_bytes(fine)));
-}
-
-INLINE void aq_turn_keys(aq_tile *t, const int8_t *k, const size_t dim, const bool refine) {
+INLINE void aq_turn_keys(aq_tile *t, const int8_t *k, const size_t dim) {
     for (size_t i0 = 0; i0 < AT_KEYS; i0 += VL) {
         for (size_t d = 0; d < dim; d += VL * 4) {
             bool half = dim - d < VL * 4;
@@ -125,17 +115,13 @@ INLINE void aq_turn_keys(aq_tile *t, const int8_t *k, const size_t dim, const bo
             for (size_t i = 0; i < VL; i++) {
                 const int8_t *from = k + (i0 + i) * dim + d;
                 aq_fetch(from, dim);
-                m[i] = vi_load_row(from, half);
+                m[i] = vi_flip_signs(vi_load_row(from, half));
             }
             vi_transpose(m);
-            int16_t *to = t->keys + (d / 2 * AT_KEYS + i0) * 2;
-            for (size_t j = 0; j < VL / 2; j++, to += 4 * AT_KEYS) {
-                refine ? aq_refine(to, m[j]) : aq_widen(to, m[j]);
-            }
+            uint8_t *to = t->keys + (d / 4 * AT_KEYS + i0) * 4;
+            for (size_t j = 0; j < VL / 2; j++) vi_store(to + j * AT_KEYS * 4, m[j]);
             if (half) break;
-            for (size_t j = VL / 2; j < VL; j++, to += 4 * AT_KEYS) {
-                refine ? aq_refine(to, m[j]) : aq_widen(to, m[j]);
-            }
+            for (size_t j = VL / 2; j < VL; j++) vi_store(to + j * AT_KEYS * 4, m[j]);
         }
     }
 }
@@ -207,34 +193,29 @@ static const void *aq_fill_up(void *to, const void *from, size_t n, size_t each)
     return to;
 }
 
-INLINE void aq_turn(aq_tile *t, const int8_t *k, const int8_t *fine, const int8_t *v,
-                    const size_t dim) {
-    aq_turn_keys(t, k, dim, false);
-    if (fine) aq_turn_keys(t, fine, dim, true);
-    aq_turn_values(t, v, dim);
-}
-
 __attribute__((noinline)) static void aq_load(aq_tile *t, const ibid_attn_args *a, size_t t0) {
     const ibid_kv_view *kv = a->kv;
     size_t dim = kv->head_dim, groups = dim / IBIDI_BLOCK;
     size_t token = a->kv_head * kv->n_tokens + t0, n = kv->n_tokens - t0;
     const int8_t *k = (const int8_t *)kv->k + token * dim, *v = (const int8_t *)kv->v + token * dim;
-    const int8_t *fine = a->k_fine ? a->k_fine + t0 * dim : NULL;
     const uint16_t *ks = kv->k_scale + token * groups, *vs = kv->v_scale + token * groups;
     if (n < AT_KEYS) {
         k = aq_fill_up(t->last[0], k, n, dim);
         v = aq_fill_up(t->last[1], v, n, dim);
-        if (fine) fine = aq_fill_up(t->last[2], fine, n, dim);
         ks = aq_fill_up(t->last_scale[0], ks, n, groups * sizeof *ks);
         vs = aq_fill_up(t->last_scale[1], vs, n, groups * sizeof *vs);
     }
     t->t0 = t0;
-    if (dim == 64) /* the usual sizes, so that addresses are constants */
-        aq_turn(t, k, fine, v, 64);
-    else if (dim == 128)
-        aq_turn(t, k, fine, v, 128);
-    else
-        aq_turn(t, k, fine, v, dim);
+    if (dim == 64) { /* the usual sizes, so that addresses are constants */
+        aq_turn_keys(t, k, 64);
+        aq_turn_values(t, v, 64);
+    } else if (dim == 128) {
+        aq_turn_keys(t, k, 128);
+        aq_turn_values(t, v, 128);
+    } else {
+        aq_turn_keys(t, k, dim);
+        aq_turn_values(t, v, dim);
+    }
     aq_turn_scales(ks, groups, t->k_scale);
     aq_turn_scales(vs, groups, t->v_scale[0]);
     aq_scale_values(t, groups);
@@ -245,24 +226,24 @@ __attribute__((noinline)) static void aq_load(aq_tile *t, const ibid_attn_args *
 /* Scores of N rows for V vectors of keys from `key` on, in units of log 2. */
 INLINE void aq_scores(const int N, const int V, const aq_rows *x, const aq_tile *t,
                       const size_t *row, size_t key, float (*out)[AT_KEYS]) {
-    const int16_t *q[AT_ROWS];
+    const int8_t *q[AT_ROWS];
     for (int i = 0; i < N; i++) q[i] = x->q + row[i] * x->dim;
     for (size_t g = 0; g < x->groups; g++) {
         vi sum[AT_ROWS][AT_VECS];
         for (int i = 0; i < N; i++) {
-            for (int v = 0; v < V; v++) sum[i][v] = vi_set1(0);
+            vi start = vi_set1(x->start[row[i] * x->groups + g]);
+            for (int v = 0; v < V; v++) sum[i][v] = start;
         }
-        const int16_t *keys = t->keys + (g * IBIDI_BLOCK / 2 * AT_KEYS + key) * 2;
-        /* All of it unrolled: as a loop, compilers copy the sums on every round. */
-#pragma GCC unroll 16
-        for (size_t c = 0; c < IBIDI_BLOCK / 2; c++) {
+        const uint8_t *keys = t->keys + (g * IBIDI_BLOCK / 4 * AT_KEYS + key) * 4;
+#pragma GCC unroll 8
+        for (size_t c = 0; c < IBIDI_BLOCK / 4; c++) {
             vi k[AT_VECS];
-            for (int v = 0; v < V; v++) k[v] = vi_load(keys + (c * AT_KEYS + (size_t)(v * VL)) * 2);
+            for (int v = 0; v < V; v++) k[v] = vi_load(keys + (c * AT_KEYS + (size_t)(v * VL)) * 4);
             for (int i = 0; i < N; i++) {
-                int32_t two;
-                memcpy(&two, q[i] + g * IBIDI_BLOCK + 2 * c, 4);
-                vi qv = vi_set1(two);
-                for (int v = 0; v < V; v++) sum[i][v] = vi_dp16(sum[i][v], k[v], qv);
+                int32_t four;
+                memcpy(&four, q[i] + g * IBIDI_BLOCK + 4 * c, 4);
+                vi qv = vi_set1(four);
+                for (int v = 0; v < V; v++) sum[i][v] = q8_dp(sum[i][v], k[v], qv);
             }
         }
         vf ks[AT_VECS];
@@ -327,6 +308,7 @@ INLINE void aq_values(const int N, const int V, const size_t TOKENS, const aq_pa
     const int8_t *values = t->values + col * 4;
     size_t group = col / IBIDI_BLOCK, ld = x->dim * 4;
     const uint8_t *p = s->p[0] + group * AT_KEYS;
+    /* All of it unrolled: as a loop, compilers copy the sums on every round. */
 #pragma GCC unroll 16
     for (size_t quad = 0; quad < TOKENS / 4; quad++, values += ld) {
         /* vi_pack_bytes puts the quads of four vectors of weights in this order. */
@@ -533,16 +515,5 @@ static void simd_attn_i8(const ibid_attn_args *a) {
         aq_begin(&x, a, r, a->n_rows - r < AQ_BATCH ? a->n_rows - r : AQ_BATCH);
         aq_batch(&x, &t);
         aq_end(&x);
-    }
-}
-
-/* fine = 64 * (src / scale - k), rounded. */
-static void simd_kv_refine(const float *src, size_t n, const int8_t *k, const uint16_t *scale,
-                           int8_t *fine) {
-    for (size_t i = 0; i < n; i += VL) {
-        float d = ibid_f16_to_f32(scale[i / IBIDI_BLOCK]);
-        vf rest = v_sub(v_mul(v_load(src + i), v_set1(d > 0 ? 1 / d : 0)), v_from_i8(k + i));
-        rest = v_max(v_min(v_mul(rest, v_set1(64)), v_set1(64)), v_set1(-64));
-        vi_store_i8(fine + i, vi_round(rest));
     }
 }

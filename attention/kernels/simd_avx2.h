@@ -296,30 +296,9 @@ INLINE void v_unzip(vf a, vf b, vf *even, vf *odd) {
     *even = _mm256_castpd_ps(_mm256_permute4x64_pd(e, 0xd8));
     *odd = _mm256_castpd_ps(_mm256_permute4x64_pd(o, 0xd8));
 }
-/* Bytes 0 and 2 of each lane, or 1 and 3, as 16 bits each, times 64. */
-INLINE vi vi_even_bytes(vi v) {
-    return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 2);
-}
-INLINE vi vi_odd_bytes(vi v) {
-    return _mm256_srai_epi16(_mm256_and_si256(v, _mm256_set1_epi16((short)0xff00)), 2);
-}
-/* a + b / 64 for 16 bits each. */
-INLINE vi vi_add_fine(vi a, vi b) {
-    return _mm256_add_epi16(a, _mm256_srai_epi16(b, 6));
-}
-/* Lanes to 16 bits each, every four in the order 0, 2, 1, 3. */
-INLINE void vi_store_0213(int16_t *p, vi v) {
-    v = _mm256_shuffle_epi32(v, 0xd8);
-    __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    _mm_storeu_si128((__m128i *)(void *)p, w);
-}
-/* acc + the sum of two products of 16 bits. */
-INLINE vi vi_dp16(vi acc, vi a, vi b) {
-#ifdef IBIDI_VNNI
-    return _mm256_dpwssd_avx_epi32(acc, a, b);
-#else
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
-#endif
+/* Signed bytes to unsigned ones, + 128. */
+INLINE vi vi_flip_signs(vi v) {
+    return _mm256_xor_si256(v, _mm256_set1_epi8((char)0x80));
 }
 /* Rows of VL * 4 bytes to vectors whose lanes hold a byte of each row, columns in order. */
 INLINE void vi_quads(vi m[4]) {

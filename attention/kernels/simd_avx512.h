@@ -279,29 +279,9 @@ INLINE void v_unzip(vf a, vf b, vf *even, vf *odd) {
     *even = _mm512_permutex2var_ps(a, at, b);
     *odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(at, _mm512_set1_epi32(1)), b);
 }
-/* Bytes 0 and 2 of each lane, or 1 and 3, as 16 bits each, times 64. */
-INLINE vi vi_even_bytes(vi v) {
-    return _mm512_srai_epi16(_mm512_slli_epi16(v, 8), 2);
-}
-INLINE vi vi_odd_bytes(vi v) {
-    return _mm512_srai_epi16(_mm512_and_si512(v, _mm512_set1_epi16((short)0xff00)), 2);
-}
-/* a + b / 64 for 16 bits each. */
-INLINE vi vi_add_fine(vi a, vi b) {
-    return _mm512_add_epi16(a, _mm512_srai_epi16(b, 6));
-}
-/* Lanes to 16 bits each, every four in the order 0, 2, 1, 3. */
-INLINE void vi_store_0213(int16_t *p, vi v) {
-    v = _mm512_shuffle_epi32(v, (_MM_PERM_ENUM)0xd8);
-    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtsepi32_epi16(v));
-}
-/* acc + the sum of two products of 16 bits. */
-INLINE vi vi_dp16(vi acc, vi a, vi b) {
-#ifdef IBIDI_VNNI
-    return _mm512_dpwssd_epi32(acc, a, b);
-#else
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
-#endif
+/* Signed bytes to unsigned ones, + 128. */
+INLINE vi vi_flip_signs(vi v) {
+    return _mm512_xor_si512(v, _mm512_set1_epi8((char)0x80));
 }
 /* Rows of VL * 4 bytes to vectors whose lanes hold a byte of each row, columns in order. */
 INLINE void vi_quads(vi m[4]) {
