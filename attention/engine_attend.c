@@ -111,13 +111,16 @@ static bool see_segment(const ibidi_seg *g, size_t t0, size_t t1, const ibidi_pi
     return true;
 }
 
-/* Queries as a segment's keys want them: turned back by its offset. */
-static const float *turned(const ibid_engine *e, const ibidi_seg *g, const float *q, size_t n,
-                           float *space) {
+/* Queries as keys want them: turned back by their segment's offset (NULL: live keys), and spread
+ * where the keys are (ibid_kv_view). */
+static const float *turned(const ibid_engine *e, const ibidi_seg *g, ibid_kv_type type,
+                           const float *q, size_t n, float *space) {
     const ibid_model *m = e->m;
-    if (!g->cos) return q;
+    bool turn = g && g->cos, spread = type == IBID_KV_Q8_0;
+    if (!turn && !spread) return q;
     memcpy(space, q, n * m->head_dim * sizeof *q);
-    e->k->rope(m->rope.pairing, space, n, m->head_dim, m->rope.n_rot, g->cos, g->sin);
+    if (turn) e->k->rope(m->rope.pairing, space, n, m->head_dim, m->rope.n_rot, g->cos, g->sin);
+    if (spread) e->k->hadamard(space, n * m->head_dim);
     return space;
 }
 
@@ -139,7 +142,7 @@ static void attend_segments(ibid_engine *e, const task *t, ibidi_thread *th, siz
         if (!see_segment(g, t0, t1, t->p, t->row0, t->n, e->group, th->visible)) continue;
         ibid_kv_view view = ibidi_slice(&g->s.layers[layer], t->head, t0, t1);
         a->kv = &view;
-        a->q = turned(e, g, th->q, a->n_rows, th->q_turned);
+        a->q = turned(e, g, view.type, th->q, a->n_rows, th->q_turned);
         a->masked = g->s.masked ? g->s.masked + t0 / 64 : NULL;
         e->attn(a);
     }
@@ -152,7 +155,7 @@ static void attend_live(ibid_engine *e, const task *t, ibidi_thread *th, size_t 
     if (hi <= s->n_stored || !overlap(lo, hi, s->n_stored, end, &t0, &t1)) return;
     size_t first = s->base + t->p->row0 + t->row0 - t->p->at; /* live number of the task's row 0 */
     if (t1 > first + t->n) t1 = first + t->n; /* what comes after the last row is unseen */
-    a->q = th->q;
+    a->q = turned(e, NULL, e->live_type, th->q, a->n_rows, th->q_turned);
     a->masked = NULL;
     for (size_t n; t0 < t1; t0 += n) {
         size_t from = t0 % e->page_tokens, left = e->page_tokens - from;
@@ -264,7 +267,7 @@ static void probe_range(const probe_job *j, size_t segment, size_t t0, size_t t1
             if (!n_chosen || !see_segment(g, t0, t1, j->p, row0, n, n_chosen, th->visible))
                 continue;
             ibid_attn_args a = {.kv = &view, .n_rows = n * n_chosen, .visible = th->visible};
-            a.q = turned(e, g, th->q, a.n_rows, th->q_turned);
+            a.q = turned(e, g, view.type, th->q, a.n_rows, th->q_turned);
             a.masked = g->s.masked ? g->s.masked + t0 / 64 : NULL;
             e->k->attn_mass(&a, th->lse, mass);
         }

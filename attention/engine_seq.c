@@ -174,7 +174,16 @@ static place place_of(const ibid_kv_view *v, bool values, size_t head, size_t to
 void ibidi_put_keys(const ibid_kernels *k, const ibid_kv_view *v, size_t head, size_t token,
                     const float *src) {
     place p = place_of(v, false, head, token);
-    k->kv_pack(v->type, src, v->head_dim, p.at, p.scale);
+    if (v->type != IBID_KV_Q8_0) {
+        k->kv_pack(v->type, src, v->head_dim, p.at, p.scale);
+        return;
+    }
+    for (size_t d = 0; d < v->head_dim; d += 32) {
+        float spread[32];
+        memcpy(spread, src + d, sizeof spread);
+        k->hadamard(spread, 32);
+        k->kv_pack(v->type, spread, 32, p.at + d, p.scale + d / 32);
+    }
 }
 
 void ibidi_put_values(const ibid_kernels *k, const ibid_kv_view *v, size_t head, size_t token,
@@ -189,18 +198,24 @@ static void live_keys(const ibid_seq *s, size_t row, size_t layer, size_t head, 
     ibid_kv_view page = ibidi_page_view(s, row / e->page_tokens, layer, head);
     place p = place_of(&page, false, 0, row % e->page_tokens);
     e->k->kv_unpack(page.type, p.at, p.scale, page.head_dim, out);
+    if (page.type == IBID_KV_Q8_0) e->k->hadamard(out, page.head_dim);
 }
 
-/* A live row's K or V to a token of a view, as it is where the types agree. */
+/* A live row's K or V to a token of a view: as it is, if the types agree. */
 static void export_row(const ibid_seq *s, size_t row, size_t layer, size_t head, bool values,
                        const ibid_kv_view *view, size_t token, float *space) {
     const ibid_engine *e = s->engine;
     ibid_kv_view page = ibidi_page_view(s, row / e->page_tokens, layer, head);
     place from = place_of(&page, values, 0, row % e->page_tokens);
     place to = place_of(view, values, head, token);
-    if (page.type != view->type) {
+    if (page.type != view->type && values) {
         e->k->kv_unpack(page.type, from.at, from.scale, view->head_dim, space);
         e->k->kv_pack(view->type, space, view->head_dim, to.at, to.scale);
+        return;
+    }
+    if (page.type != view->type) {
+        live_keys(s, row, layer, head, space);
+        ibidi_put_keys(e->k, view, head, token, space);
         return;
     }
     memcpy(to.at, from.at, view->head_dim * width[view->type]);
@@ -278,6 +293,7 @@ ibid_err ibid_engine_stored_keys(const ibid_engine *e, const ibid_kv_view *kv, u
     e->k->kv_unpack(kv->type, (const uint8_t *)kv->k + at * width[kv->type],
                     kv->type == IBID_KV_Q8_0 ? kv->k_scale + at / 32 : NULL, kv->n_tokens * dim,
                     out);
+    if (kv->type == IBID_KV_Q8_0) e->k->hadamard(out, kv->n_tokens * dim);
     for (size_t j = 0; j < kv->n_tokens; j++) {
         ibidi_rope_table(&m->rope, local0 + j, -1, c, c + n_rot / 2);
         e->k->rope(m->rope.pairing, out + j * dim, 1, dim, n_rot, c, c + n_rot / 2);

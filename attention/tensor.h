@@ -54,8 +54,10 @@ void ibid_weights_split(ibid_type type, const void *row, size_t group, uint8_t u
 typedef enum ibid_kv_type { IBID_KV_F32 = 0, IBID_KV_F16 = 1, IBID_KV_Q8_0 = 2 } ibid_kv_type;
 
 /* Keys and values of some consecutive tokens at one layer. K is rotated (RoPE) at the tokens' local
- * positions. Strides: head h, token t starts at (h * n_tokens + t) * head_dim elements; its scales
- * at (h * n_tokens + t) * (head_dim / 32). */
+ * positions. Keys of q8_0 are then spread: each 32 dimensions times the Walsh-Hadamard matrix
+ * (ibid_kernels.hadamard; arXiv:2404.00456), since a few large dimensions would leave the others
+ * few of the 8 bits. Queries are spread to meet them. Strides: head h, token t starts at (h *
+ * n_tokens + t) * head_dim elements; its scales at (h * n_tokens + t) * (head_dim / 32). */
 typedef struct ibid_kv_view {
     ibid_kv_type type;
     size_t n_tokens, n_kv_heads, head_dim;

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 
 enum {
-    LAYOUT_VERSION = 1, /* of the KV value and of local positions; part of a block's identity */
+    LAYOUT_VERSION = 2, /* of the KV value and of local positions; part of a block's identity */
     TOKENS_MAX = 65536,
     KEYS_DIM_MAX = 65536,
     BATCH_MAX = 65536, /* blocks in one call */

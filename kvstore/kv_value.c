@@ -133,7 +133,9 @@ ibid_err ibid_kv_value_open(const void *value, size_t size, bool deep, uint64_t 
     if (memcmp(p, magic, sizeof magic) != 0)
         return ibid_fail(IBID_CORRUPT, "a KV value does not start with IKV1");
     if (ibidi_load16(p + 4) != IBID_KV_VERSION)
-        return ibid_fail(IBID_CORRUPT, "a KV value has version %u; this build reads %d",
+        return ibid_fail(IBID_CORRUPT,
+                         "a KV value has version %u; this build reads %d: index into a new data "
+                         "folder",
                          ibidi_load16(p + 4), IBID_KV_VERSION);
     if (!type_known(p[6]) || p[7] != 0 || ibidi_load16(p + 34) != 0 || ibidi_load32(p + 36) != 0)
         return ibid_fail(IBID_CORRUPT, "a KV value has an unknown type or a set reserved byte");

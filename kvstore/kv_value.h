@@ -1,12 +1,13 @@
 /* The byte layout of one stored KV value: one block's (or prefix's) keys and values at one layer.
  *
- *   0   u32 magic "IKV1"     4  u16 version 1      6  u8 type (ibid_kv_type)   7  u8 0
+ *   0   u32 magic "IKV1"     4  u16 version 2      6  u8 type (ibid_kv_type)   7  u8 0
  *   8   u64 checksum: XXH3-64 of bytes [16, size) of the value
  *   16  u64 owner: block number, or prefix number
  *   24  u32 n_tokens        28  u16 n_kv_heads    30  u16 head_dim
  *   32  u16 layer           34  u16 0             36  u32 0         40  u64 size of the value
  *   48  K plane, V plane, then for q8_0 K scales, V scales; each padded to 64 bytes; then zeroes up
- *       to the size class (the size that 64, 128 or 256 tokens need; larger: the next multiple of 256)
+ *       to the size class (the size that 64, 128 or 256 tokens need; larger: the next multiple of
+ * 256)
  *
  * Little-endian. An LMDB value on overflow pages starts 16 bytes into a page, so byte 48 is 64-byte
  * aligned there. Pure functions over memory: no database here, so that a fuzzer can drive them. */
@@ -18,7 +19,7 @@
 
 #include <stdint.h>
 
-enum { IBID_KV_HEADER = 48, IBID_KV_VERSION = 1 };
+enum { IBID_KV_HEADER = 48, IBID_KV_VERSION = 2 };
 
 typedef struct ibid_kv_shape {
     ibid_kv_type type;

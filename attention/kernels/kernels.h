@@ -63,6 +63,9 @@ typedef struct ibid_kernels {
      * [n_rot / 2]; in place over n_heads heads of head_dim (arXiv:2104.09864). */
     void (*rope)(ibid_pairing pairing, float *x, size_t n_heads, size_t head_dim, size_t n_rot,
                  const float *cos, const float *sin);
+    /* Every 32 values times the Walsh-Hadamard matrix of order 32 over sqrt(32), in place; n a
+     * multiple of 32. Its own inverse, and it keeps dot products. */
+    void (*hadamard)(float *x, size_t n);
     /* gate[i] = silu(gate[i]) * up[i] (arXiv:2002.05202). */
     void (*swiglu)(float *gate, const float *up, size_t n);
     void (*add)(float *x, const float *y, size_t n); /* x += y */

@@ -68,6 +68,18 @@ static void ref_rmsnorm(const float *x, const float *w, float eps, float *y, siz
     for (size_t i = 0; i < n; i++) y[i] = (float)((double)x[i] * scale * (double)w[i]);
 }
 
+static void ref_hadamard(float *x, size_t n) {
+    for (; n; n -= 32, x += 32) {
+        double y[32];
+        for (unsigned i = 0; i < 32; i++) {
+            y[i] = 0;
+            for (unsigned j = 0; j < 32; j++)
+                y[i] += __builtin_parity(i & j) ? -(double)x[j] : (double)x[j];
+        }
+        for (unsigned i = 0; i < 32; i++) x[i] = (float)(y[i] / sqrt(32));
+    }
+}
+
 static void ref_rope(ibid_pairing pairing, float *x, size_t n_heads, size_t head_dim, size_t n_rot,
                      const float *cos, const float *sin) {
     for (size_t h = 0; h < n_heads; h++, x += head_dim) {
@@ -230,6 +242,7 @@ const ibid_kernels ibidi_kernels_reference = {
     .matmul_scratch = ref_matmul_scratch,
     .rmsnorm = ref_rmsnorm,
     .rope = ref_rope,
+    .hadamard = ref_hadamard,
     .swiglu = ref_swiglu,
     .add = ref_add,
     .attn = ref_attn,

@@ -213,6 +213,15 @@ INLINE vi vi_set1(int32_t i) {
     return _mm256_set1_epi32(i);
 }
 
+/* Walsh-Hadamard over the lanes, not normalised: x with lanes h apart swapped, plus x with the
+ * sign of its higher lanes turned. */
+INLINE vf v_butterflies(vf x) {
+    const vf one = _mm256_set1_ps(1), minus = _mm256_set1_ps(-1);
+    x = v_fma(x, v_pick(0xf0, minus, one), _mm256_permute2f128_ps(x, x, 0x01));
+    x = v_fma(x, v_pick(0xcc, minus, one), _mm256_permute_ps(x, 0x4e));
+    return v_fma(x, v_pick(0xaa, minus, one), _mm256_permute_ps(x, 0xb1));
+}
+
 /* For simd_q8.h. */
 enum {
     Q8_ROWS = 4,    /* rows of x a tile takes */

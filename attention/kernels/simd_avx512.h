@@ -208,6 +208,16 @@ INLINE vi vi_set1(int32_t i) {
     return _mm512_set1_epi32(i);
 }
 
+/* Walsh-Hadamard over the lanes, not normalised: x with lanes h apart swapped, plus x with the
+ * sign of its higher lanes turned. */
+INLINE vf v_butterflies(vf x) {
+    const vf one = _mm512_set1_ps(1), minus = _mm512_set1_ps(-1);
+    x = v_fma(x, v_pick(0xff00, minus, one), _mm512_shuffle_f32x4(x, x, 0x4e));
+    x = v_fma(x, v_pick(0xf0f0, minus, one), _mm512_shuffle_f32x4(x, x, 0xb1));
+    x = v_fma(x, v_pick(0xcccc, minus, one), _mm512_permute_ps(x, 0x4e));
+    return v_fma(x, v_pick(0xaaaa, minus, one), _mm512_permute_ps(x, 0xb1));
+}
+
 /* For simd_q8.h. */
 enum {
     Q8_ROWS = 8,    /* rows of x a tile takes */

@@ -55,6 +55,23 @@ static void simd_rope(ibid_pairing pairing, float *x, size_t n_heads, size_t hea
     }
 }
 
+/* Sums and differences of values 16, 8, 4, 2 and 1 apart: between vectors, then within them. */
+static void simd_hadamard(float *x, size_t n) {
+    for (; n; n -= 32, x += 32) {
+        vf v[32 / VL];
+        for (int i = 0; i < 32 / VL; i++) v[i] = v_mul(v_load(x + i * VL), v_set1(0.17677669529f));
+        for (int h = 16 / VL; h >= 1; h /= 2) {
+            for (int i = 0; i < 32 / VL; i++) {
+                if (i & h) continue;
+                vf a = v[i], b = v[i + h];
+                v[i] = v_add(a, b);
+                v[i + h] = v_sub(a, b);
+            }
+        }
+        for (int i = 0; i < 32 / VL; i++) v_store(x + i * VL, v_butterflies(v[i]));
+    }
+}
+
 INLINE vf silu_times(vf g, vf up) {
     vf one = v_set1(1);
     return v_mul(v_div(g, v_add(one, v_exp(v_sub(v_zero(), g)))), up);

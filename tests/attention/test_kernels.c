@@ -510,6 +510,29 @@ static void test_rope(void **state) {
     }
 }
 
+static void test_hadamard(void **state) {
+    (void)state;
+    for (size_t b = 0; b < n_tested; b++) {
+        for (size_t n = 32; n <= 256; n += 32) {
+            float x[256], want[256], was[256];
+            fill(x, n, n % 64 ? 3 : 2000);
+            memcpy(want, x, sizeof x);
+            memcpy(was, x, sizeof x);
+            ref->hadamard(want, n);
+            tested[b]->hadamard(x, n);
+            for (size_t i = 0; i < n; i++)
+                near(x[i], want[i], 2e-6, n % 64 ? 3e-6 : 2e-3, "hadamard");
+            tested[b]->hadamard(x, n); /* its own inverse */
+            for (size_t i = 0; i < n; i++)
+                near(x[i], was[i], 2e-6, n % 64 ? 5e-6 : 3e-3, "hadamard twice");
+        }
+        float one[32] = {[5] = 1}; /* column 5: -1 where i and 5 share an odd number of bits */
+        tested[b]->hadamard(one, 32);
+        for (unsigned i = 0; i < 32; i++)
+            near(one[i] * sqrtf(32), __builtin_parity(i & 5) ? -1 : 1, 1e-6, 0, "hadamard of one");
+    }
+}
+
 static void test_swiglu_add(void **state) {
     (void)state;
     for (size_t b = 0; b < n_tested; b++) {
@@ -929,6 +952,7 @@ int main(void) {
         cmocka_unit_test(test_matmul_q8),
         cmocka_unit_test(test_rmsnorm),
         cmocka_unit_test(test_rope),
+        cmocka_unit_test(test_hadamard),
         cmocka_unit_test(test_swiglu_add),
         cmocka_unit_test(test_kv_pack),
         cmocka_unit_test(test_attn),
