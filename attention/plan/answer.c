@@ -83,6 +83,7 @@ typedef struct run {
     const ibid_answer_plan *p;
     ibid_answered *out;
     ibid_asked asked;
+    ibid_decoder decoder;
     ibid_sampler *sampler;
     ibid_utf8_stream chars;
     ibid_buf piece; /* whole characters that were not handed on yet */
@@ -138,10 +139,7 @@ static ibid_err step(run *a, int32_t token) {
                    .n_logits = 1,
                    .logits = a->logits,
                    .probe = a->p->mass && a->p->n_blocks ? &probe : NULL};
-    ibid_sched_enter(a->r->sched, true);
-    ibid_err e = ibid_engine_forward(a->r->engine, &s, 1, a->p->cancel);
-    ibid_sched_leave(a->r->sched);
-    return e;
+    return ibid_sched_decode(a->r->sched, &a->decoder, a->r->engine, &s, a->p->cancel);
 }
 
 static bool ends_sentence(char c) {
@@ -236,6 +234,7 @@ ibid_err ibid_answer_run(const ibid_reader *r, const ibid_answer_plan *p, ibid_a
     if (!e) e = run_open(&a);
     if (!e) e = ask(&a);
     if (!e) e = decode(&a);
+    ibid_decoder_leave(r->sched, &a.decoder);
     ibid_asked_close(&a.asked);
     ibid_sampler_close(a.sampler);
     ibid_utf8_stream_fini(&a.chars);
