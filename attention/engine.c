@@ -9,11 +9,14 @@ enum {
 };
 
 /* Which groups of a layer's inputs are rounded finely (kernels.h, q8_pack), measured in
- * docs/performance.md: normalised inputs have a few large channels, the same in most rows; the
- * feed-forward's inner ones large values anywhere; attention's output none that matter. */
+ * docs/performance.md: attention's inputs have a few large channels and decide what is looked at;
+ * those of the feed-forward have them too, the same in most rows; its inner ones are large
+ * anywhere; attention's output none that matter. The last layers' errors are not mended by any
+ * after them. */
 static const float FINE_ABOVE[IBIDI_WEIGHTS] = {
-    [IBIDI_WQ] = 1.2f,   [IBIDI_WK] = 1.2f, [IBIDI_WV] = 1.2f,  [IBIDI_WO] = INFINITY,
-    [IBIDI_GATE] = 1.2f, [IBIDI_UP] = 1.2f, [IBIDI_DOWN] = 2.0f};
+    [IBIDI_WQ] = 0,      [IBIDI_WK] = 0,    [IBIDI_WV] = 0,     [IBIDI_WO] = INFINITY,
+    [IBIDI_GATE] = 1.2f, [IBIDI_UP] = 1.2f, [IBIDI_DOWN] = 1.5f};
+enum { ONE_LAST_LAYER_IN = 16 }; /* and one more: all groups are fine */
 
 /* ---- Opening ---- */
 
@@ -387,7 +390,10 @@ static bool layer_ends(const ibid_engine *e, size_t layer) {
 }
 
 static ibidi_out out_of(const ibid_engine *e, size_t layer, ibidi_weight w, float *y, size_t ldy) {
-    ibidi_out o = {ibidi_layer_weight(&e->m->layers[layer], w), y, ldy, NULL, FINE_ABOVE[w]};
+    size_t n = e->m->n_layers;
+    bool last = layer + n / ONE_LAST_LAYER_IN + 1 >= n;
+    ibidi_out o = {ibidi_layer_weight(&e->m->layers[layer], w), y, ldy, NULL,
+                   last ? 0 : FINE_ABOVE[w]};
     if (e->int8) o.panels = &e->pack.layers[layer * IBIDI_WEIGHTS + w];
     return o;
 }

@@ -144,9 +144,10 @@ static void note(ibid_decoder *d, ibid_err e) {
 /* A batch that fails does so before anything was computed (the engine checks and reserves first,
  * and is not cancelled): its steps are run again one by one, so that an error is only that step's.
  */
-static void run_batch(ibid_engine *e, ibid_decoder **batch, size_t n) {
+static void run_batch(ibid_engine *e, ibid_decoder *const *batch, size_t n) {
     ibid_step steps[IBID_DECODE_MAX];
-    size_t n_steps = 0, alone = 0;
+    ibid_decoder *of[IBID_DECODE_MAX];
+    size_t n_steps = 0;
     for (size_t i = 0; i < n; i++) {
         ibid_decoder *d = batch[i];
         if (d->cancel && atomic_load(d->cancel)) {
@@ -154,25 +155,23 @@ static void run_batch(ibid_engine *e, ibid_decoder **batch, size_t n) {
             continue;
         }
         d->err = IBID_OK;
+        of[n_steps] = d;
         steps[n_steps++] = *d->step;
-        batch[alone++] = d; /* those that run, in front; the rest is finished */
     }
     if (n_steps > 1 && ibid_engine_forward(e, steps, n_steps, NULL) == IBID_OK) return;
     for (size_t i = 0; i < n_steps; i++)
-        note(batch[i],
-             ibid_engine_forward(e, &steps[i], 1, n_steps == 1 ? batch[i]->cancel : NULL));
+        note(of[i], ibid_engine_forward(e, &steps[i], 1, n_steps == 1 ? of[i]->cancel : NULL));
 }
 
 /* Runs the batch that d leads. Locked on entry and return. */
 static void lead(ibid_sched *s, ibid_decoder *d, ibid_engine *e) {
-    ibid_decoder *batch[IBID_DECODE_MAX], *run[IBID_DECODE_MAX];
+    ibid_decoder *batch[IBID_DECODE_MAX];
     enter_question(s);
     linger(s);
     size_t n = take(s, batch);
-    for (size_t i = 0; i < n; i++) run[i] = batch[i];
     (void)pthread_mutex_unlock(&s->lock);
     uint64_t start = ibid_now_ns();
-    run_batch(e, run, n);
+    run_batch(e, batch, n);
     uint64_t took = ibid_now_ns() - start;
     (void)pthread_mutex_lock(&s->lock);
     s->batch_ns = took;
