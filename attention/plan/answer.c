@@ -5,7 +5,12 @@
 
 #include <string.h>
 
-enum { HELD_MAX = 4096, REPEAT_MIN = 12 /* bytes */ };
+enum {
+    HELD_MAX = 4096,
+    REPEAT_MIN = 12, /* bytes */
+    TOKEN_BYTES = 8, /* room made for a token's text beforehand; most have fewer */
+    ROOM_MAX = 65536
+};
 
 double ibid_recompute_auto(size_t n_blocks) {
     return n_blocks <= 1 ? 0 : n_blocks == 2 ? 0.15 : 0.5;
@@ -110,7 +115,11 @@ static ibid_err run_open(run *a) {
     a->mass = ibid_calloc(p->n_blocks + 1, sizeof *a->mass);
     if (!a->logits || !a->mass) return ibid_fail(IBID_NOMEM, "no memory for an answer");
     for (size_t b = 0; p->mass && b < p->n_blocks; b++) a->mass[b + 1] = p->mass[b];
-    return IBID_OK;
+    /* Before the first token, so that none allocates. */
+    size_t room = p->max_tokens < ROOM_MAX / TOKEN_BYTES ? p->max_tokens * TOKEN_BYTES : ROOM_MAX;
+    if ((e = ibid_buf_reserve(&a->out->text, room)) || (e = ibid_buf_reserve(&a->piece, HELD_MAX)))
+        return e;
+    return ibid_buf_reserve(&a->chars.held, HELD_MAX);
 }
 
 static ibid_err ask(run *a) {

@@ -3,7 +3,6 @@
 #include "rpc/base/mem.h"
 
 #include <math.h>
-#include <stdlib.h>
 
 typedef struct candidate {
     double weight;
@@ -71,10 +70,36 @@ static size_t argmax(const float *logits, size_t n) {
     return best;
 }
 
-static int heavier_first(const void *x, const void *y) {
-    const candidate *a = x, *b = y;
-    if (a->weight != b->weight) return a->weight > b->weight ? -1 : 1;
-    return (a->token > b->token) - (a->token < b->token);
+static bool heavier(const candidate *a, const candidate *b) {
+    return a->weight != b->weight ? a->weight > b->weight : a->token < b->token;
+}
+
+/* Lets c[i] sink until no candidate below it in the heap of n is heavier. */
+static void sink(candidate *c, size_t i, size_t n) {
+    candidate x = c[i];
+    for (size_t k; (k = 2 * i + 1) < n; i = k) {
+        if (k + 1 < n && heavier(&c[k + 1], &c[k])) k++;
+        if (!heavier(&c[k], &x)) break;
+        c[i] = c[k];
+    }
+    c[i] = x;
+}
+
+/* The heaviest candidates, one or more, that together weigh at least `enough`, the heaviest last,
+ * at the end of c; *kept what they weigh. Returns how many. A heap, for they are few among many,
+ * and because qsort may allocate. */
+static size_t heaviest(candidate *c, size_t n, double enough, double *kept) {
+    size_t left = n;
+    *kept = 0;
+    for (size_t i = n / 2; i-- > 0;) sink(c, i, n);
+    while (left && (left == n || *kept < enough)) {
+        candidate top = c[0];
+        *kept += top.weight;
+        c[0] = c[--left];
+        c[left] = top;
+        sink(c, 0, left);
+    }
+    return n - left;
 }
 
 /* Weights of all tokens; returns how many may be in the nucleus, moved to the front. A token whose
@@ -97,21 +122,22 @@ static size_t weigh(ibid_sampler *s, const float *logits, double max, double *to
 
 ibid_err ibid_sampler_pick(ibid_sampler *s, const float *logits, int32_t *token) {
     size_t best = argmax(logits, s->n_vocab), n, i;
-    double total, kept = 0;
+    double total, kept;
     if (best == s->n_vocab) return ibid_fail(IBID_INVAL, "no logit is above -infinity");
     *token = (int32_t)best;
     if (s->temperature == 0 || !(logits[best] < INFINITY)) return IBID_OK;
     n = weigh(s, logits, (double)logits[best], &total);
     candidate *c = s->candidates;
+    double at;
     if (s->top_p < 1) {
-        qsort(c, n, sizeof *c, heavier_first);
-        for (i = 0; i < n && kept < s->top_p * total; i++) kept += c[i].weight;
-        n = i;
+        size_t end = n; /* the heaviest stands last */
+        n = heaviest(c, n, s->top_p * total, &kept);
+        at = next_unit(s) * kept;
+        for (i = end - 1; i > end - n && at >= c[i].weight; i--) at -= c[i].weight;
     } else {
-        kept = total;
+        at = next_unit(s) * total;
+        for (i = 0; i + 1 < n && at >= c[i].weight; i++) at -= c[i].weight;
     }
-    double at = next_unit(s) * kept;
-    for (i = 0; i + 1 < n && at >= c[i].weight; i++) at -= c[i].weight;
     *token = c[i].token;
     return IBID_OK;
 }

@@ -117,6 +117,7 @@ static void linger(ibid_sched *s) {
     if (wait > LINGER_MOST_NS) wait = LINGER_MOST_NS;
     uint64_t until = ibid_now_ns() + wait;
     while (s->expected && ibid_now_ns() < until) wait_until(s, until);
+    s->late += s->expected;
     s->expected = 0;
 }
 

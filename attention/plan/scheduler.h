@@ -49,6 +49,7 @@ typedef struct ibid_sched {
     uint64_t batches, decoded;  /* run so far, and the rows in them */
     uint64_t batch_ns;          /* the last one took */
     size_t expected;            /* of the last batch, who will come again soon */
+    uint64_t late;              /* who did not, all together */
 } ibid_sched;
 
 void ibid_sched_init(ibid_sched *s);

@@ -1,6 +1,9 @@
 # Tests of the room, its plans, and a bench of heads and answers on the engine alone.
 add_executable(bench_attention ${CMAKE_CURRENT_LIST_DIR}/../bench/attention.c)
 target_link_libraries(bench_attention PRIVATE ibid_attention PkgConfig::JANSSON ibid_flags m)
+# Tokens per second of concurrent answers.
+add_executable(bench_streams ${CMAKE_CURRENT_LIST_DIR}/../bench/streams.c)
+target_link_libraries(bench_streams PRIVATE ibid_attention Threads::Threads ibid_flags)
 ibid_test(attention.service
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_service.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
   LIBS ibid_attention TIMEOUT 600)
@@ -10,3 +13,8 @@ ibid_test(attention.calibration
 ibid_test(attention.citation
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_citation.c
   LIBS ibid_attention)
+ibid_test(attention.batching
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_batching.c
+    ${CMAKE_CURRENT_LIST_DIR}/../support/engine_fixture.c
+    ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
+  LIBS ibid_attention Threads::Threads TIMEOUT 300)
