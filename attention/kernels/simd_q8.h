@@ -182,6 +182,8 @@ INLINE void q8_rows(const q8_kind k, const ibid_panels *w, size_t row0, size_t r
             float *to = y + i * ldy + r;
             for (; j + Q8_ROWS <= in; j += Q8_ROWS)
                 q8_tile(Q8_ROWS, k, w, panel, at, &x, j, to, ldy, rows);
+            for (; Q8_ROWS > 4 && j + 4 <= in; j += 4)
+                q8_tile(4, k, w, panel, at, &x, j, to, ldy, rows);
             for (; j + 2 <= in; j += 2) q8_tile(2, k, w, panel, at, &x, j, to, ldy, rows);
             if (j < in) q8_tile(1, k, w, panel, at, &x, j, to, ldy, rows);
         }
