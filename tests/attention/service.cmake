@@ -18,3 +18,8 @@ ibid_test(attention.batching
     ${CMAKE_CURRENT_LIST_DIR}/../support/engine_fixture.c
     ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
   LIBS ibid_attention Threads::Threads TIMEOUT 300)
+ibid_test(attention.decode_alloc
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_decode_alloc.c
+    ${CMAKE_CURRENT_LIST_DIR}/../support/engine_fixture.c
+    ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
+  LIBS ibid_attention Threads::Threads TIMEOUT 300)
