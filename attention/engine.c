@@ -454,11 +454,22 @@ static void run_head(ibid_engine *e) {
     }
 }
 
+static ibid_err stored_ready(const ibid_engine *e, size_t layer) {
+    ibid_err err = IBID_OK;
+    for (size_t i = 0; !err && i < e->n_pieces; i++) {
+        const ibid_step *s = e->pieces[i].step;
+        if (s->ready && layer < e->pieces[i].n_layers) err = s->ready(s->ready_arg, layer);
+    }
+    return err;
+}
+
 static ibid_err run_chunk(ibid_engine *e, const atomic_bool *cancel) {
     ibidi_each_row(e, e->n_rows, embed_row, 0);
     for (size_t layer = 0; e->n_rows && layer < e->m->n_layers; layer++) {
         if (cancel && atomic_load_explicit(cancel, memory_order_relaxed))
             return ibid_fail(IBID_CANCELLED, "cancelled before layer %zu", layer);
+        ibid_err err = stored_ready(e, layer);
+        if (err) return err;
         run_layer(e, layer);
     }
     if (e->n_rows) run_head(e);

@@ -84,6 +84,11 @@ typedef struct ibid_step {
     float *logits;   /* [n_logits, n_vocab] */
     const ibid_probe *probe; /* NULL: none */
     size_t n_layers; /* layers to run: 0 = all; fewer leaves logits impossible (n_logits must be 0) */
+    /* NULL, or called before a layer is computed, on the caller's thread, perhaps more than once for
+     * a layer: the segments' KV at that layer may be brought in and checked here. An error ends the
+     * call. */
+    ibid_err (*ready)(void *arg, size_t layer);
+    void *ready_arg;
 } ibid_step;
 
 /* Appends each step's rows to its sequence. A live row sees: every unmasked stored row at a lower

@@ -169,8 +169,23 @@ ibid_err ibid_snap_block(ibid_snap *n, uint64_t block, ibid_block *out);
 ibid_err ibid_snap_kv(ibid_snap *n, uint64_t block, size_t layer, ibid_kv_view *out);
 ibid_err ibid_snap_prefix_kv(ibid_snap *n, const ibid_hash *prefix, size_t layer,
                              ibid_kv_view *out);
-/* Hints the kernel to read these layers' values of a block now (MADV_WILLNEED). */
-void ibid_snap_kv_willneed(ibid_snap *n, uint64_t block, size_t layer0, size_t layer1);
+
+/* Where the KV of one layer lies, for those who want it in memory before it is read. Nothing of the
+ * value itself was read yet. Borrowed from the snapshot; while that is open, the calls below may be
+ * made from any thread. */
+typedef struct ibid_kv_place {
+    const void *value; /* [size] */
+    size_t size, layer;
+    uint64_t block, epoch;
+} ibid_kv_place;
+/* out [n_layers]. Errors: NOTFOUND (evicted, or fewer layers), CORRUPT. */
+ibid_err ibid_snap_kv_places(ibid_snap *n, uint64_t block, size_t n_layers, ibid_kv_place *out);
+/* What ibid_snap_kv does, at a place. Errors: CORRUPT. */
+ibid_err ibid_kv_place_open(ibid_store *s, const ibid_kv_place *p, ibid_kv_view *out);
+/* Bytes of the value's pages that are not in memory (mincore); 0 where that cannot be said. */
+size_t ibid_kv_place_missing(const ibid_kv_place *p);
+/* Asks the kernel to read the values of places [n] soon (MADV_WILLNEED), neighbours in one piece. */
+void ibid_kv_places_willneed(const ibid_kv_place *p, size_t n);
 ibid_err ibid_snap_keys(ibid_snap *n, uint64_t block, ibid_keys *out);
 ibid_err ibid_snap_model(ibid_snap *n, const ibid_hash *fingerprint, ibid_model_record *out);
 

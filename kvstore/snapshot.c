@@ -186,9 +186,9 @@ ibid_err ibid_snap_block_find(ibid_snap *n, const ibid_hash *hash, size_t n_titl
 
 /* Header always, checksum on this process's first reading. The epoch tells a rewritten value apart.
  */
-static ibid_err open_value(ibid_snap *n, ibidi_slice v, uint64_t owner, uint64_t known_as,
+static ibid_err open_value(ibid_store *s, ibidi_slice v, uint64_t owner, uint64_t known_as,
                            uint64_t epoch, size_t layer, ibid_kv_view *out) {
-    ibidi_verified *seen = n->store->shared->verified;
+    ibidi_verified *seen = s->shared->verified;
     bool deep = !ibidi_verified_has(seen, known_as, epoch, layer);
     uint64_t got_owner;
     size_t got_layer;
@@ -202,23 +202,82 @@ static ibid_err open_value(ibid_snap *n, ibidi_slice v, uint64_t owner, uint64_t
     return IBID_OK;
 }
 
-ibid_err ibid_snap_kv(ibid_snap *n, uint64_t block, size_t layer, ibid_kv_view *out) {
+/* Layers [layer0, layer1) of a block. */
+static ibid_err places(ibid_snap *n, uint64_t block, size_t layer0, size_t layer1,
+                       ibid_kv_place *out) {
     ibidi_block_state st;
-    ibidi_slice v;
     ibid_err e = alive(n);
     if (!e) e = ibidi_block_state_get(&n->t, block, &st);
     if (e) return e;
     if (st.n_layers == 0)
         return ibid_fail(IBID_NOTFOUND, "the KV of block %llu was evicted; encode it again",
                          (unsigned long long)block);
-    if (layer >= st.n_layers)
+    if (layer1 > st.n_layers)
         return ibid_fail(IBID_NOTFOUND, "block %llu has %llu layers, not layer %zu",
-                         (unsigned long long)block, (unsigned long long)st.n_layers, layer);
-    ibidi_key k = ibidi_key_u64_u16(block, layer);
-    e = ibidi_raw_get(&n->t, IBIDI_KV, &k, &v);
-    if (e == IBID_NOTFOUND || (!e && v.n != st.value_size))
-        return ibidi_corrupt(IBIDI_KV, k.b, k.n);
-    return e ? e : open_value(n, v, block, block, st.epoch, layer, out);
+                         (unsigned long long)block, (unsigned long long)st.n_layers, layer1 - 1);
+    for (size_t layer = layer0; layer < layer1; layer++) {
+        ibidi_key k = ibidi_key_u64_u16(block, layer);
+        ibidi_slice v;
+        e = ibidi_raw_get(&n->t, IBIDI_KV, &k, &v);
+        if (e == IBID_NOTFOUND || (!e && v.n != st.value_size))
+            return ibidi_corrupt(IBIDI_KV, k.b, k.n);
+        if (e) return e;
+        out[layer - layer0] = (ibid_kv_place){v.p, v.n, layer, block, st.epoch};
+    }
+    return IBID_OK;
+}
+
+ibid_err ibid_snap_kv_places(ibid_snap *n, uint64_t block, size_t n_layers, ibid_kv_place *out) {
+    return places(n, block, 0, n_layers, out);
+}
+
+ibid_err ibid_kv_place_open(ibid_store *s, const ibid_kv_place *p, ibid_kv_view *out) {
+    return open_value(s, (ibidi_slice){p->value, p->size}, p->block, p->block, p->epoch, p->layer,
+                      out);
+}
+
+ibid_err ibid_snap_kv(ibid_snap *n, uint64_t block, size_t layer, ibid_kv_view *out) {
+    ibid_kv_place p;
+    if (layer >= SIZE_MAX) return ibid_fail(IBID_NOTFOUND, "no layer %zu", layer);
+    ibid_err e = places(n, block, layer, layer + 1, &p);
+    return e ? e : ibid_kv_place_open(n->store, &p, out);
+}
+
+/* Whole pages around [p, p + n). */
+static size_t pages_of(const void *p, size_t n, void **first) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), at = (uintptr_t)p & ~(page - 1);
+    *first = (void *)at;
+    return ((uintptr_t)p + n - at + page - 1) / page;
+}
+
+size_t ibid_kv_place_missing(const ibid_kv_place *p) {
+    unsigned char there[256];
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), missing = 0;
+    void *first;
+    size_t n = pages_of(p->value, p->size, &first);
+    for (size_t i = 0; i < n; i += sizeof there) {
+        size_t some = n - i < sizeof there ? n - i : sizeof there;
+        if (mincore((unsigned char *)first + i * page, some * page, there) != 0) return 0;
+        for (size_t k = 0; k < some; k++) missing += !(there[k] & 1);
+    }
+    return missing * page;
+}
+
+void ibid_kv_places_willneed(const ibid_kv_place *p, size_t n) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), len = 0;
+    unsigned char *from = NULL;
+    for (size_t i = 0; i < n; i++) {
+        void *first;
+        size_t bytes = pages_of(p[i].value, p[i].size, &first) * page;
+        if (from && (unsigned char *)first == from + len) {
+            len += bytes;
+            continue;
+        }
+        if (from) (void)madvise(from, len, MADV_WILLNEED);
+        from = first;
+        len = bytes;
+    }
+    if (from) (void)madvise(from, len, MADV_WILLNEED);
 }
 
 ibid_err ibid_snap_prefix_kv(ibid_snap *n, const ibid_hash *prefix, size_t layer,
@@ -232,19 +291,7 @@ ibid_err ibid_snap_prefix_kv(ibid_snap *n, const ibid_hash *prefix, size_t layer
     if (e == IBID_NOTFOUND) return ibid_fail(e, "this prefix has no KV at layer %zu", layer);
     uint64_t owner = ibidi_prefix_owner(prefix);
     /* Block numbers count up from 1, so a set top bit keeps prefixes apart from them. */
-    return e ? e : open_value(n, v, owner, owner | (uint64_t)1 << 63, 1, layer, out);
-}
-
-void ibid_snap_kv_willneed(ibid_snap *n, uint64_t block, size_t layer0, size_t layer1) {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    if (alive(n) != IBID_OK) return;
-    for (size_t layer = layer0; layer < layer1 && layer <= UINT16_MAX; layer++) {
-        ibidi_key k = ibidi_key_u64_u16(block, layer);
-        ibidi_slice v;
-        if (ibidi_raw_get(&n->t, IBIDI_KV, &k, &v) != IBID_OK) return;
-        uintptr_t at = (uintptr_t)v.p & ~(page - 1);
-        (void)madvise((void *)at, (uintptr_t)v.p + v.n - at, MADV_WILLNEED);
-    }
+    return e ? e : open_value(n->store, v, owner, owner | (uint64_t)1 << 63, 1, layer, out);
 }
 
 ibid_err ibid_snap_keys(ibid_snap *n, uint64_t block, ibid_keys *out) {

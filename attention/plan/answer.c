@@ -129,7 +129,9 @@ static ibid_err ask(run *a) {
                        .n_blocks = p->n_blocks,
                        .tokens = p->question,
                        .n = p->n_question,
-                       .share = p->share};
+                       .share = p->share,
+                       .ready = p->ready,
+                       .ready_arg = p->arg};
     ibid_sched_enter(a->r->sched, true);
     ibid_err e =
         ibid_question_run(a->r->engine, &q, p->max_tokens, p->cancel, &a->asked, a->logits);

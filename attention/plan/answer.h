@@ -22,6 +22,9 @@ typedef struct ibid_answer_plan {
     /* Called before each step, outside the engine's turn; what the blocks borrow may be renewed
      * here. An error ends the answer. */
     ibid_err (*tick)(void *arg);
+    /* NULL, or called in the question's pass before a layer's stored KV is read, inside the engine's
+     * turn (ibid_step). */
+    ibid_err (*ready)(void *arg, size_t layer);
     /* Text to append: whole UTF-8 characters. */
     ibid_err (*text)(void *arg, const char *s, size_t n);
     void *arg;

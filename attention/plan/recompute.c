@@ -149,8 +149,13 @@ static uint64_t question_position(const ibid_question *q) {
 static ibid_err probe(ibid_engine *e, const ibid_question *q, ibid_seq *s,
                       const uint32_t *positions, float *const *mass, const atomic_bool *cancel) {
     ibid_probe p = {.heads = q->heads, .mass = mass, .n_rows = q->n};
-    ibid_step step = {
-        .seq = s, .tokens = q->tokens, .positions = positions, .n = q->n, .probe = &p};
+    ibid_step step = {.seq = s,
+                      .tokens = q->tokens,
+                      .positions = positions,
+                      .n = q->n,
+                      .probe = &p,
+                      .ready = q->ready,
+                      .ready_arg = q->ready_arg};
     size_t before = ibid_seq_live_count(s);
     ibid_err err = ibid_engine_forward(e, &step, 1, cancel);
     if (!err) ibid_seq_truncate(s, before);
@@ -175,7 +180,9 @@ static ibid_err answer(ibid_engine *e, const ibid_question *q, ibid_asked *a, in
                       .positions = positions,
                       .n = c->n_rows + q->n,
                       .n_logits = 1,
-                      .logits = logits};
+                      .logits = logits,
+                      .ready = q->ready,
+                      .ready_arg = q->ready_arg};
     return ibid_engine_forward(e, &step, 1, cancel);
 }
 

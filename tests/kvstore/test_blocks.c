@@ -1,6 +1,7 @@
 /* Blocks: content addressing, KV in place, keys, holds, orphans, budget and eviction. */
 #include "support.h"
 
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -65,7 +66,14 @@ static void put_and_read(void **st) {
                 }
             ibid_kv_view v;
             assert_err(ibid_snap_kv(n, numbers[i], T_LAYERS, &v), IBID_NOTFOUND);
-            ibid_snap_kv_willneed(n, numbers[i], 0, T_LAYERS);
+            ibid_kv_place at[T_LAYERS + 1];
+            assert_err(ibid_snap_kv_places(n, numbers[i], T_LAYERS + 1, at), IBID_NOTFOUND);
+            assert_ok(ibid_snap_kv_places(n, numbers[i], T_LAYERS, at));
+            for (size_t l = 0; l < T_LAYERS; l++) {
+                assert_ok(ibid_kv_place_open(r, &at[l], &v));
+                assert_true(block_kv_equal(&b[i], l, &v));
+                assert_int_equal(ibid_kv_place_missing(&at[l]), 0); /* it was just read */
+            }
             ibid_keys keys;
             assert_ok(ibid_snap_keys(n, numbers[i], &keys));
             assert_int_equal(keys.dim, T_KEYS_DIM);
@@ -84,6 +92,53 @@ static void put_and_read(void **st) {
     }
     ibid_store_close(s);
     for (size_t i = 0; i < 4; i++) block_free(&b[i]);
+}
+
+/* Takes the store's file out of the page cache, but for pages that somebody has mapped. */
+static void drop_from_cache(void) {
+    char path[512];
+    (void)snprintf(path, sizeof path, "%s/data.mdb", dir);
+    int fd = open(path, O_RDWR);
+    assert_true(fd >= 0);
+    assert_int_equal(fsync(fd), 0);
+    assert_int_equal(posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED), 0);
+    (void)close(fd);
+}
+
+/* Values on disk alone are seen to be there, come when asked for, and are what was stored. */
+static void cold_values(void **st) {
+    (void)st;
+    test_block b;
+    ibid_kv_place at[T_LAYERS];
+    ibid_snap *n = NULL;
+    ibid_kv_view v;
+    uint64_t number;
+    size_t missing = 0, left = 1;
+    ibid_store *s = store_open(dir, 0);
+    block_make(&b, 4, 200, 0);
+    assert_ok(ibid_store_blocks_put(s, &b.put, 1, &number));
+    ibid_store_close(s);
+    drop_from_cache();
+    s = store_open(dir, 0);
+    assert_ok(ibid_snap_begin(s, &n));
+    assert_ok(ibid_snap_kv_places(n, number, T_LAYERS, at));
+    drop_from_cache(); /* what was read ahead of the pages above */
+    for (size_t l = 0; l < T_LAYERS; l++) missing += ibid_kv_place_missing(&at[l]);
+    print_message("%zu bytes of %zu were not in memory\n", missing, T_LAYERS * at[0].size);
+    ibid_kv_places_willneed(at, T_LAYERS);
+    for (int ms = 0; left && ms < 10000; ms += 10) {
+        left = 0;
+        for (size_t l = 0; l < T_LAYERS; l++) left += ibid_kv_place_missing(&at[l]);
+        if (left) (void)usleep(10000);
+    }
+    assert_int_equal(left, 0);
+    for (size_t l = 0; l < T_LAYERS; l++) {
+        assert_ok(ibid_kv_place_open(s, &at[l], &v));
+        assert_true(block_kv_equal(&b, l, &v));
+    }
+    ibid_snap_end(n);
+    ibid_store_close(s);
+    block_free(&b);
 }
 
 static void equal_blocks_are_one(void **st) {
@@ -384,9 +439,16 @@ static void iterate_blocks(void **st) {
 int main(void) {
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
     const struct CMUnitTest tests[] = {
-        T(reader_before_any_writer), T(put_and_read),           T(equal_blocks_are_one),
-        T(bad_puts_are_refused),     T(parts_are_added),        T(models_and_prefixes),
-        T(holds_and_orphans),        T(numbers_are_not_reused), T(budget_evicts),
+        T(reader_before_any_writer),
+        T(put_and_read),
+        T(cold_values),
+        T(equal_blocks_are_one),
+        T(bad_puts_are_refused),
+        T(parts_are_added),
+        T(models_and_prefixes),
+        T(holds_and_orphans),
+        T(numbers_are_not_reused),
+        T(budget_evicts),
         T(iterate_blocks),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
