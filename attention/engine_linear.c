@@ -2,9 +2,9 @@
 #include "attention/engine_internal.h"
 
 enum {
-    PANEL = 64,     /* weight rows of a part: what the kernels unpack at once */
-    PANEL_FEW = 32, /* when weights are streamed for few rows of x */
-    FEW = 8,
+    PANEL = 64, /* weight rows of a part: what the kernels unpack at once */
+    FEW = 8,    /* rows of x: memory is the limit, and weights are streamed ... */
+    RUNS = 2,   /* ... in as many long runs per thread: 1.6 times as fast as by 32 rows in turns */
     LEAST_ROWS = 64, /* of x, in a part: below, unpacking weights would weigh too much */
     PARTS_PER_THREAD = 8,
     ROWS_PER_PART = 8
@@ -78,10 +78,10 @@ void ibidi_linear(ibid_engine *e, const float *x, size_t ldx, size_t n, const ib
     linear_job j = {.e = e, .x = x, .ldx = ldx, .n = n, .out = o, .swiglu = swiglu, .n_cuts = 1};
     size_t n_panels = 0, want = PARTS_PER_THREAD * e->n_threads;
     if (n == 0) return;
-    j.panel = n <= FEW ? PANEL_FEW : PANEL;
-    for (size_t i = 0; i < (swiglu ? 1 : n_out); i++) {
-        n_panels += (o[i].w->rows + j.panel - 1) / j.panel;
-    }
+    size_t n_w = swiglu ? 1 : n_out, rows = 0;
+    for (size_t i = 0; i < n_w; i++) rows += o[i].w->rows;
+    j.panel = n <= FEW ? ibid_align_up(rows / (RUNS * e->n_threads) + 1, IBID_PANEL_ROWS) : PANEL;
+    for (size_t i = 0; i < n_w; i++) n_panels += (o[i].w->rows + j.panel - 1) / j.panel;
     if (e->n_threads > 1) {
         while (n_panels * j.n_cuts < want && n / (j.n_cuts + 1) >= LEAST_ROWS) j.n_cuts++;
     }
