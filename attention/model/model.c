@@ -20,12 +20,14 @@ enum {
     MAX_KEY = 64
 };
 
+typedef enum presence { NEVER, MAYBE, ALWAYS } presence;
+
 /* How the architectures differ. Keys of the file start with the name. */
 typedef struct arch_info {
     const char *name;
     ibid_arch arch;
     ibid_pairing pairing;
-    enum { NEVER, MAYBE, ALWAYS } qkv_bias, head_norms, out_bias, rope_factors;
+    presence qkv_bias, head_norms, out_bias, rope_factors;
 } arch_info;
 
 static const arch_info archs[] = {
@@ -186,7 +188,7 @@ static ibid_err get_of_layer(model_box *b, size_t layer, const char *part, size_
 }
 
 /* A row of floats that the architecture has never, maybe or always. */
-static ibid_err get_extra(model_box *b, int when, size_t layer, const char *part, size_t cols,
+static ibid_err get_extra(model_box *b, presence when, size_t layer, const char *part, size_t cols,
                           ibid_tensor *out) {
     char name[64];
     (void)snprintf(name, sizeof name, "blk.%zu.%s", layer, part);
