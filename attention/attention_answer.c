@@ -7,13 +7,20 @@
 #include <string.h>
 
 enum { BLOCKS_MAX = 256, MAX_TOKENS = 64, QUOTES = 3, QUOTE_BYTES = 300, TEXT_MAX = 1 << 30 };
+#define LONG_WAIT_S 0.25 /* for the disk */
+
+/* Why a block is encoded again for an answer. */
+enum { EVICTED = 1, DAMAGED = 2, SLOW = 4 /* to read, more so than to encode */ };
 
 typedef struct block { /* one of the plan, in position order */
     ibid_answer_block ask;
     ibid_kv_view *layers; /* [n_layers] in the store's map, or in kv */
+    ibidi_stored stored;
+    ibid_kv_type kv_type; /* as stored */
     int32_t *tokens;
     size_t n_tokens, n_title;
-    ibid_kv_blob kv; /* of an evicted block, encoded again */
+    unsigned why;    /* it is to be encoded again, or was */
+    ibid_kv_blob kv; /* of a block encoded again */
     float *mass;     /* [n_tokens] */
 } block;
 
@@ -35,8 +42,10 @@ typedef struct ibidi_answering {
     ibidi_loaded *m;
     ibid_reader reader;
     ibid_snap *snap;
-    block *blocks; /* [n] */
-    uint64_t encoded_tokens, reused_tokens, prompt_tokens, kv_bytes;
+    block *blocks;         /* [n] */
+    ibidi_stored **stored; /* [n] those of blocks */
+    ibidi_loading loading;
+    uint64_t encoded_tokens, reused_tokens, prompt_tokens, kv_bytes, disk_bytes;
 } ibidi_answering;
 
 typedef ibidi_answering answering;
@@ -54,46 +63,68 @@ static ibid_err check_chunk(answering *a, const ibid_answer_block *q) {
     return e;
 }
 
+/* Where the block's KV lies; nothing of it is read. */
 static ibid_err views_from_store(answering *a, block *b) {
-    ibid_err e = IBID_OK;
-    for (size_t l = 0; !e && l < a->m->model->n_layers; l++)
-        e = ibid_snap_kv(a->snap, b->ask.block, l, &b->layers[l]);
-    return e;
-}
-
-static bool fits_model(const answering *a, const block *b) {
     const ibid_model *m = a->m->model;
-    for (size_t l = 0; l < m->n_layers; l++) {
-        const ibid_kv_view *v = &b->layers[l];
-        if (v->n_tokens != b->n_tokens || v->n_kv_heads != m->n_kv_heads ||
-            v->head_dim != m->head_dim)
-            return false;
+    ibid_kv_shape shape = {b->kv_type, b->n_tokens, m->n_kv_heads, m->head_dim};
+    b->stored.layers = b->layers;
+    ibid_err e = ibidi_stored_find(a->snap, b->ask.block, &shape, m->n_layers, &b->stored);
+    if (e == IBID_NOTFOUND) b->why = EVICTED;
+    if (e == IBID_CORRUPT) {
+        ibid_log(IBID_LOG_ERROR, "encoded again: %s", ibid_err_detail());
+        b->why = DAMAGED;
     }
-    return true;
+    return e == IBID_NOTFOUND || e == IBID_CORRUPT ? IBID_OK : e;
 }
 
-/* Evicted: encoded again for this answer, and given back to the store if it takes it. */
-static ibid_err encode_again(answering *a, block *b, const ibid_block *rec) {
-    ibid_reading t = {.tokens = b->tokens, .n = b->n_tokens};
+/* Given back to the store, if it takes it. */
+static void put_back(answering *a, const block *b) {
     uint64_t number;
-    size_t done = 0;
-    ibid_err e = ibid_read_some(&a->reader, &t, 1, &done, true, NULL, &a->cancel);
-    if (e) return e;
-    b->kv = t.kv;
-    memcpy(b->layers, t.kv.layers, a->m->model->n_layers * sizeof *b->layers);
-    a->encoded_tokens += b->n_tokens;
-    ibid_block_put put = {.model = rec->model,
-                          .prefix = rec->prefix,
-                          .kv_type = rec->kv_type,
+    ibid_block_put put = {.model = a->model,
+                          .prefix = a->m->prefix_id,
+                          .kv_type = b->kv_type,
                           .n_title = b->n_title,
                           .n_tokens = b->n_tokens,
                           .tokens = b->tokens,
-                          .n_layers = t.kv.n_layers,
-                          .value_size = t.kv.value_size,
-                          .values = t.kv.values};
-    if (rec->kv_type == a->reader.kv_type && ibid_kvc_blocks_put(a->r->kvstore, &put, 1, &number))
+                          .n_layers = b->kv.n_layers,
+                          .value_size = b->kv.value_size,
+                          .values = b->kv.values};
+    if (b->kv_type == a->reader.kv_type && ibid_kvc_blocks_put(a->r->kvstore, &put, 1, &number))
         ibid_log(IBID_LOG_WARN, "a block encoded again was not stored: %s", ibid_err_detail());
-    return IBID_OK;
+}
+
+static bool to_encode(const block *b) {
+    return b->why && !b->kv.memory;
+}
+
+/* Encodes for this answer what is marked, many blocks at a time. */
+static ibid_err encode_again(answering *a) {
+    size_t n = 0, done = 0;
+    ibid_reading *t = ibid_calloc(a->n + 1, sizeof *t);
+    block **of = ibid_calloc(a->n + 1, sizeof(block *));
+    ibid_err e = t && of ? IBID_OK : ibid_fail(IBID_NOMEM, "no memory to encode blocks again");
+    for (size_t i = 0; !e && i < a->n; i++) {
+        block *b = &a->blocks[i];
+        if (!to_encode(b)) continue;
+        t[n] = (ibid_reading){.tokens = b->tokens, .n = b->n_tokens};
+        of[n++] = b;
+    }
+    while (!e && done < n) e = ibid_read_some(&a->reader, t, n, &done, true, NULL, &a->cancel);
+    for (size_t i = 0; i < n; i++) {
+        block *b = of[i];
+        if (e) {
+            ibid_kv_blob_fini(&t[i].kv);
+            continue;
+        }
+        b->kv = t[i].kv;
+        b->stored.here = false;
+        memcpy(b->layers, b->kv.layers, a->m->model->n_layers * sizeof *b->layers);
+        a->encoded_tokens += b->n_tokens;
+        if (!(b->why & SLOW)) put_back(a, b);
+    }
+    ibid_free(t);
+    ibid_free(of);
+    return e;
 }
 
 static ibid_err open_block(answering *a, block *b) {
@@ -112,19 +143,57 @@ static ibid_err open_block(answering *a, block *b) {
     if ((e = check_chunk(a, &b->ask))) return e;
     b->n_tokens = rec.n_tokens;
     b->n_title = rec.n_title;
+    b->kv_type = rec.kv_type;
     b->layers = ibid_calloc(a->m->model->n_layers, sizeof *b->layers);
     b->tokens = ibid_alloc(rec.n_tokens * sizeof *b->tokens);
     b->mass = ibid_calloc(rec.n_tokens, sizeof *b->mass);
     if (!b->layers || !b->tokens || !b->mass)
         return ibid_fail(IBID_NOMEM, "no memory for a block of %zu tokens", rec.n_tokens);
     memcpy(b->tokens, rec.tokens, rec.n_tokens * sizeof *b->tokens);
-    e = rec.has_kv ? views_from_store(a, b) : IBID_NOTFOUND;
-    if (e == IBID_CORRUPT) ibid_log(IBID_LOG_ERROR, "encoded again: %s", ibid_err_detail());
-    if (e == IBID_NOTFOUND || e == IBID_CORRUPT) e = encode_again(a, b, &rec);
-    if (!e && !fits_model(a, b))
-        e = ibid_fail(IBID_CORRUPT, "the KV of block %llu does not fit its model",
-                      (unsigned long long)b->ask.block);
+    if (rec.has_kv) return views_from_store(a, b);
+    b->why = EVICTED;
+    return IBID_OK;
+}
+
+/* Blocks whose KV would come from disk slower than they can be encoded. */
+static ibid_err weigh_loading(answering *a) {
+    size_t n_slow = 0;
+    ibid_err e = IBID_OK;
+    for (size_t i = 0; !e && i < a->n; i++) {
+        block *b = &a->blocks[i];
+        if (!b->stored.here || !ibidi_stored_loses(&a->m->meter, &b->stored, a->m->model->n_layers,
+                                                   b->n_tokens, &a->disk_bytes))
+            continue;
+        b->why |= SLOW;
+        n_slow++;
+        /* The first one shows how fast encoding is. */
+        if (!(atomic_load(&a->m->meter.tokens_per_s) > 0)) e = encode_again(a);
+    }
+    if (n_slow)
+        ibid_log(IBID_LOG_INFO,
+                 "%zu of %zu blocks are encoded again: their KV is not in memory, and the disk "
+                 "gives %.1f MB/s, the encoder %.0f tokens/s",
+                 n_slow, a->n, atomic_load(&a->m->meter.bytes_per_s) / 1e6,
+                 atomic_load(&a->m->meter.tokens_per_s));
     return e;
+}
+
+/* Before a layer is computed. */
+static ibid_err layer_ready(void *arg, size_t layer) {
+    answering *a = arg;
+    return ibidi_load_layer(&a->loading, layer);
+}
+
+/* Marks what loading found damaged; false: nothing new. */
+static bool mark_damaged(answering *a) {
+    bool found = false;
+    for (size_t i = 0; i < a->n; i++) {
+        block *b = &a->blocks[i];
+        if (!b->stored.damaged || b->why) continue;
+        b->why = DAMAGED;
+        found = true;
+    }
+    return found;
 }
 
 /* The snapshot is of one age; when that passes, it is renewed and what lies in the map is looked up
@@ -141,11 +210,12 @@ static ibid_err tick(void *arg) {
     for (size_t i = 0; !e && i < a->n; i++) {
         block *b = &a->blocks[i];
         if (b->kv.memory) continue;
-        e = views_from_store(a, b);
+        for (size_t l = 0; !e && l < a->m->model->n_layers; l++)
+            e = ibid_snap_kv(a->snap, b->ask.block, l, &b->layers[l]);
         if (e == IBID_NOTFOUND && !(e = ibid_snap_block(a->snap, b->ask.block, &rec)))
-            e = encode_again(a, b, &rec);
+            b->why = EVICTED;
     }
-    return e;
+    return e ? e : encode_again(a);
 }
 
 /* ---- Events ---- */
@@ -277,6 +347,16 @@ static ibid_err put_citations(answering *a, ibid_str answer, ibid_enc *e) {
     return err;
 }
 
+static void put_reasons(const answering *a, ibid_enc *e) {
+    static const char *const names[] = {"evicted", "damaged", "slow_disk"};
+    unsigned why = 0;
+    ibid_enc_array(e, "encoded_why");
+    for (size_t i = 0; i < a->n; i++) why |= a->blocks[i].why;
+    for (size_t i = 0; i < 3; i++)
+        if (why >> i & 1) ibid_enc_cstr(e, NULL, names[i]);
+    ibid_enc_end(e);
+}
+
 static ibid_err push_done(answering *a, const ibid_answered *out, double share) {
     ibid_enc e;
     ibid_str text = {out->text.data ? out->text.data : "", out->text.len};
@@ -293,8 +373,11 @@ static ibid_err push_done(answering *a, const ibid_answered *out, double share) 
     ibid_enc_u64(&e, "reused_tokens", a->reused_tokens - out->recomputed_tokens);
     ibid_enc_u64(&e, "recomputed_tokens", out->recomputed_tokens);
     ibid_enc_u64(&e, "encoded_tokens", a->encoded_tokens);
+    put_reasons(a, &e);
     ibid_enc_u64(&e, "completion_tokens", out->completion_tokens);
     ibid_enc_u64(&e, "kv_bytes_read", a->kv_bytes);
+    ibid_enc_u64(&e, "kv_bytes_from_disk", a->disk_bytes);
+    ibid_enc_f64(&e, "kv_wait_ms", (double)a->loading.waited_ns / 1e6);
     ibid_enc_f64(&e, "recompute", share);
     ibid_enc_f64(&e, "first_token_ms", (double)(out->first_token_ns - a->start_ns) / 1e6);
     ibid_enc_f64(&e, "total_ms", ibid_ms_since(a->start_ns));
@@ -335,19 +418,61 @@ static ibid_err check_context(answering *a, size_t n_question) {
 
 static ibid_err open_blocks(answering *a, ibid_placed_block *placed, float **mass) {
     uint64_t offset = 0;
-    for (size_t i = 0; i < a->n; i++) {
+    ibid_err e = IBID_OK;
+    for (size_t i = 0; !e && i < a->n; i++) {
         block *b = &a->blocks[i];
         b->ask = a->asked[a->n - 1 - i]; /* best last, next to the question */
-        ibid_err e = open_block(a, b);
-        if (e) return e;
+        a->stored[i] = &b->stored;
+        if ((e = open_block(a, b))) break;
         placed[i] = (ibid_placed_block){b->layers, b->tokens, a->reader.n_prefix, offset};
         mass[i] = b->mass;
         offset += b->n_tokens;
+    }
+    if (!e) e = weigh_loading(a);
+    return e ? e : encode_again(a);
+}
+
+/* A disk that is slow, though not slower than encoding, is waited for here: in the engine's turn,
+ * other answers would wait with this one. */
+static ibid_err load_first(answering *a) {
+    double speed = atomic_load(&a->m->meter.bytes_per_s);
+    ibid_err e = IBID_OK;
+    if (!(speed > 0) || (double)a->loading.missing <= LONG_WAIT_S * speed) return IBID_OK;
+    for (size_t l = 0; !e && l < a->m->model->n_layers; l++) {
+        e = ibidi_load_layer(&a->loading, l);
+        if (!e && atomic_load(&a->cancel)) e = ibid_fail(IBID_CANCELLED, "cancelled");
+    }
+    return e;
+}
+
+/* Values are checked as they are needed: where one turns out to be damaged, its block is encoded
+ * again and the question put once more. Nothing was said by then. */
+static ibid_err run_answer(answering *a, const ibid_answer_plan *plan, ibid_answered *out) {
+    for (;;) {
+        a->loading = (ibidi_loading){.store = a->r->store,
+                                     .meter = &a->m->meter,
+                                     .blocks = a->stored,
+                                     .n = a->n,
+                                     .n_layers = a->m->model->n_layers};
+        ibidi_load_begin(&a->loading);
+        a->disk_bytes += a->loading.missing;
+        ibid_err e = load_first(a);
+        if (!e) e = ibid_answer_run(&a->reader, plan, out);
+        if (e != IBID_CORRUPT || !mark_damaged(a)) return e;
+        ibid_log(IBID_LOG_ERROR, "encoded again: %s", ibid_err_detail());
+        ibid_buf_fini(&out->text);
+        memset(out, 0, sizeof *out);
+        if ((e = encode_again(a))) return e;
+    }
+}
+
+static void count_reused(answering *a) {
+    for (size_t i = 0; i < a->n; i++) {
+        const block *b = &a->blocks[i];
         if (!b->kv.memory) a->reused_tokens += b->n_tokens;
         for (size_t l = 0; l < a->m->model->n_layers; l++)
             a->kv_bytes += ibid_kv_view_bytes(&b->layers[l]);
     }
-    return IBID_OK;
 }
 
 static ibid_err run_plan(answering *a) {
@@ -358,8 +483,9 @@ static ibid_err run_plan(answering *a) {
     float **mass = ibid_calloc(a->n + 1, sizeof *mass);
     uint64_t *heads = NULL;
     a->blocks = ibid_calloc(a->n + 1, sizeof *a->blocks);
+    a->stored = ibid_calloc(a->n + 1, sizeof(ibidi_stored *));
     double share = a->recompute < 0 ? ibid_recompute_auto(a->n) : a->recompute;
-    ibid_err e = cal && placed && mass && a->blocks
+    ibid_err e = cal && placed && mass && a->blocks && a->stored
                      ? ibid_snap_begin(a->r->store, &a->snap)
                      : ibid_fail(IBID_NOMEM, "no memory for an answer");
     if (!e)
@@ -384,10 +510,12 @@ static ibid_err run_plan(answering *a) {
                              .heads = heads,
                              .mass = cal && cal->n_heads ? mass : NULL,
                              .tick = tick,
+                             .ready = layer_ready,
                              .text = push_text,
                              .arg = a,
                              .cancel = &a->cancel};
-    if (!e) e = ibid_answer_run(&a->reader, &plan, &out);
+    if (!e) e = run_answer(a, &plan, &out);
+    if (!e) count_reused(a);
     if (!e) e = push_done(a, &out, share);
     (void)pthread_mutex_lock(&a->m->lock);
     a->m->answers++;
@@ -416,9 +544,11 @@ static void answering_free(answering *a) {
         ibid_free(a->blocks[i].tokens);
         ibid_free(a->blocks[i].mass);
         ibid_kv_blob_fini(&a->blocks[i].kv);
+        ibidi_stored_drop(&a->blocks[i].stored);
     }
     ibid_snap_end(a->snap);
     ibid_free(a->blocks);
+    ibid_free(a->stored);
     ibid_free(a->asked);
     ibid_free(a->question);
     ibid_free(a);

@@ -8,6 +8,7 @@
 #include "attention/plan/calibration_run.h"
 #include "attention/plan/gate_run.h"
 #include "attention/plan/prompt.h"
+#include "kvstore/kv_value.h"
 #include "kvstore/kvstore_client.h"
 
 #include <pthread.h>
@@ -33,6 +34,7 @@ typedef struct ibidi_loaded {
     ibid_hash prefix_id;
     ibid_kv_blob prefix_kv;
     ibid_reader reader;
+    ibid_load_meter meter;
     pthread_mutex_t lock; /* of what follows */
     bool calibrated;
     ibid_calibration cal; /* n_heads 0: no retrieval head, or not calibrated */
@@ -100,6 +102,39 @@ ibid_err ibidi_answer_begin(ibidi_room *r, const ibid_call *call);
 void ibidi_answer_cancel(ibidi_room *r, uint64_t stream);
 /* Cancels all and waits for their threads. */
 void ibidi_answers_stop(ibidi_room *r);
+
+/* ---- attention_load.c ---- */
+typedef struct ibidi_stored { /* KV of one block in the store */
+    ibid_kv_view *layers;     /* [n_layers] the caller's; readable after ibidi_load_layer */
+    ibid_kv_place *places;    /* [n_layers] */
+    uint64_t missing;         /* bytes not in memory when they were looked for */
+    bool here;                /* the store has it, and it is to be used */
+    bool damaged;             /* a value was found to be */
+} ibidi_stored;
+/* Fills places, layers and missing without reading a value. Errors: NOTFOUND (evicted), CORRUPT. */
+ibid_err ibidi_stored_find(ibid_snap *snap, uint64_t block, const ibid_kv_shape *shape,
+                           size_t n_layers, ibidi_stored *s);
+void ibidi_stored_drop(ibidi_stored *s);
+/* Whether encoding the block's tokens again is faster than reading it. Measures the disk on it if
+ * nobody did lately, for no longer than encoding it would take; *from_disk grows by what that read.
+ */
+bool ibidi_stored_loses(ibid_load_meter *m, ibidi_stored *s, size_t n_layers, size_t n_tokens,
+                        uint64_t *from_disk);
+
+typedef struct ibidi_loading { /* the caller sets store to n_layers */
+    ibid_store *store;
+    ibid_load_meter *meter;
+    ibidi_stored **blocks; /* [n] */
+    size_t n, n_layers;
+    size_t asked, checked, ahead; /* layers */
+    uint64_t missing, begun_ns;
+    uint64_t waited_ns; /* for values and their checksums */
+} ibidi_loading;
+/* Asks for the first layers of all blocks. */
+void ibidi_load_begin(ibidi_loading *l);
+/* Asks for more, and returns when the layer's values are there and checked. Layers come in order;
+ * any of them again at no cost. Errors: CORRUPT (the blocks are marked). */
+ibid_err ibidi_load_layer(ibidi_loading *l, size_t layer);
 
 /* ---- small things ---- */
 bool ibidi_get_hash(const ibid_val *map, const char *key, ibid_hash *out);

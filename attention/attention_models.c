@@ -117,7 +117,8 @@ static void make_reader(ibidi_loaded *m, ibid_kv_type type, size_t n_prefix) {
                               .sched = &m->sched,
                               .kv_type = type,
                               .prefix = {.layers = m->prefix_kv.layers},
-                              .n_prefix = n_prefix};
+                              .n_prefix = n_prefix,
+                              .meter = &m->meter};
 }
 
 ibid_err ibidi_model_save(ibidi_room *r, ibidi_loaded *m) {

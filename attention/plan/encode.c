@@ -1,6 +1,7 @@
 #include "attention/plan/encode.h"
 
 #include "kvstore/kv_value.h"
+#include "rpc/base/clock.h"
 
 #include <string.h>
 
@@ -133,7 +134,7 @@ ibid_err ibid_read_prefix(const ibid_model *m, ibid_engine *e, ibid_sched *sched
 
 ibid_err ibidi_read_batch(const ibid_reader *r, const ibid_reading *t, size_t n, size_t n_layers,
                           const atomic_bool *cancel, ibid_seq **seqs) {
-    size_t longest = 0;
+    size_t longest = 0, tokens = 0;
     uint32_t *positions = NULL;
     ibid_step *steps = NULL;
     ibid_err e;
@@ -155,8 +156,12 @@ ibid_err ibidi_read_batch(const ibid_reader *r, const ibid_reading *t, size_t n,
                                .n_layers = n_layers};
     }
     ibid_sched_enter(r->sched, r->urgent);
+    uint64_t start = ibid_now_ns();
     e = ibid_engine_forward(r->engine, steps, n, cancel);
+    uint64_t ns = ibid_now_ns() - start;
     ibid_sched_leave(r->sched);
+    for (size_t i = 0; i < n; i++) tokens += t[i].n;
+    if (!e && n_layers == 0 && r->meter) ibid_load_encoded(r->meter, tokens, ns);
 done:
     for (size_t i = 0; e && i < n; i++) {
         ibid_seq_close(seqs[i]);

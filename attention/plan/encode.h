@@ -5,6 +5,7 @@
 
 #include "attention/engine.h"
 #include "attention/plan/calibration.h"
+#include "attention/plan/load.h"
 #include "attention/plan/scheduler.h"
 
 enum { IBID_ENCODE_STEP = 512 }; /* tokens of a micro-batch: what a question may have to wait for */
@@ -33,6 +34,7 @@ typedef struct ibid_reader {
     ibid_kv_type kv_type;
     ibid_segment prefix; /* local0 0, offset 0 */
     size_t n_prefix;
+    ibid_load_meter *meter; /* told how fast texts are encoded; NULL: nobody wants to know */
     bool urgent; /* take turns as a question: the caller is between question_begin and _end */
 } ibid_reader;
 
