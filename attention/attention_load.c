@@ -58,6 +58,7 @@ static void time_disk(ibid_load_meter *m, ibidi_stored *s, size_t n_layers, uint
             now = ibid_now_ns();
         }
     }
+    (void)sink;
     s->missing = missing_of(s, n_layers, 1);
     uint64_t came = before > s->missing ? before - s->missing : 0;
     /* Nothing at all within the limit is a speed too. */

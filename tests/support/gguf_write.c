@@ -207,12 +207,14 @@ static uint64_t put_metadata(writer *w, const ibid_test_gguf *s, size_t head_dim
     return n;
 }
 
+typedef enum plan_kind { WEIGHTS, NORM, HEAD_NORM, BIAS, FACTORS } plan_kind;
+
 /* One tensor to be written. cols of 0: not there. */
 typedef struct plan {
     char name[40];
     size_t rows, cols;
     ibid_type type;
-    enum { WEIGHTS, NORM, HEAD_NORM, BIAS, FACTORS } kind;
+    plan_kind kind;
     float outlier; /* 0: none; otherwise rows [0, OUTLIER_ROWS) are this much larger */
 } plan;
 
@@ -263,7 +265,7 @@ static plan matrix(ibid_type type, size_t rows, size_t cols) {
     return (plan){.rows = rows, .cols = cols, .type = type, .kind = WEIGHTS};
 }
 
-static plan floats(size_t cols, int kind) {
+static plan floats(size_t cols, plan_kind kind) {
     plan p = {.rows = 1, .cols = cols, .type = IBID_F32};
     p.kind = kind;
     return p;
