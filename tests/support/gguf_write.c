@@ -283,7 +283,7 @@ static size_t plan_extras(const ibid_test_gguf *s, size_t layer, size_t head_dim
         const char *part;
         size_t cols;
         bool wanted;
-        int kind;
+        plan_kind kind;
     } all[] = {{"attn_q.bias", q, biases, BIAS},
                {"attn_k.bias", kv, biases, BIAS},
                {"attn_v.bias", kv, biases, BIAS},
