@@ -123,7 +123,11 @@ typedef struct ibid_answer_event {
     size_t n_citations;
     const char *finish; /* "stop" or "length" */
     uint64_t prompt_tokens, reused_tokens, recomputed_tokens, encoded_tokens, completion_tokens;
-    uint64_t kv_bytes_read;
+    /* Why blocks were encoded for this answer, in words joined by ", ": "evicted", "damaged",
+     * "slow_disk" (reading their KV from disk would have taken longer). Empty: none was. */
+    char encoded_why[32];
+    uint64_t kv_bytes_read, kv_bytes_from_disk; /* the second: not in memory when it was asked for */
+    double kv_wait_ms; /* of that, waited for: the rest came while layers were computed */
     double recompute; /* what auto chose */
     double first_token_ms, total_ms;
 } ibid_answer_event;
@@ -131,7 +135,7 @@ typedef struct ibid_answer_event {
 /* Runs an answer to its end. on_event is called for every event on the caller's thread, its data valid
  * for the call; it returns false to cancel. Errors: CONTEXT (with both counts), NOTFOUND (a block is
  * gone: search again), MISMATCH, CANCELLED, ... Evicted blocks are encoded again and counted in
- * encoded_tokens. */
+ * encoded_tokens, as are those whose KV would come from disk slower than it is encoded. */
 ibid_err ibid_attn_answer(ibid_client *c, const ibid_answer_request *q,
                           bool (*on_event)(void *, const ibid_answer_event *), void *arg);
 

@@ -289,6 +289,18 @@ static ibid_err read_citations(const ibid_val *list, ibid_citation **out, size_t
     return IBID_OK;
 }
 
+static void read_reasons(const ibid_val *list, ibid_answer_event *ev) {
+    size_t at = 0, n = ibid_val_count(list);
+    for (size_t i = 0; i < n && at < sizeof ev->encoded_why; i++) {
+        const char *s = "";
+        size_t len = 0;
+        if (!ibid_val_str(ibid_val_at(list, i), &s, &len)) continue;
+        int put = snprintf(ev->encoded_why + at, sizeof ev->encoded_why - at, "%s%.*s",
+                           at ? ", " : "", (int)len, s);
+        at += put > 0 ? (size_t)put : 0;
+    }
+}
+
 static void read_numbers(const ibid_val *v, ibid_answer_event *ev) {
     ibid_str finish = str_of(v, "finish");
     ev->finish = finish.n == 6 && memcmp(finish.s, "length", 6) == 0 ? "length" : "stop";
@@ -296,7 +308,10 @@ static void read_numbers(const ibid_val *v, ibid_answer_event *ev) {
     ev->reused_tokens = ibid_get_u64(v, "reused_tokens", 0);
     ev->recomputed_tokens = ibid_get_u64(v, "recomputed_tokens", 0);
     ev->encoded_tokens = ibid_get_u64(v, "encoded_tokens", 0);
+    read_reasons(ibid_val_get(v, "encoded_why"), ev);
     ev->completion_tokens = ibid_get_u64(v, "completion_tokens", 0);
+    ev->kv_bytes_from_disk = ibid_get_u64(v, "kv_bytes_from_disk", 0);
+    ev->kv_wait_ms = ibid_get_f64(v, "kv_wait_ms", 0);
     ev->kv_bytes_read = ibid_get_u64(v, "kv_bytes_read", 0);
     ev->recompute = ibid_get_f64(v, "recompute", 0);
     ev->first_token_ms = ibid_get_f64(v, "first_token_ms", 0);

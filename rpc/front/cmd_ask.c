@@ -76,23 +76,32 @@ static json_t *answer_json(const struct ask *a, const ibid_answer_event *ev) {
     (void)json_object_set_new(j, "answer", ibidi_json_str(ev->text));
     (void)json_object_set_new(j, "citations", citations_json(a, ev));
     (void)json_object_set_new(j, "blocks", blocks_json(a));
-    (void)json_object_set_new(j, "usage",
-                              json_pack("{s:I,s:I,s:I,s:I,s:I,s:I}", "prompt_tokens",
-                                        (json_int_t)ev->prompt_tokens, "reused_tokens",
-                                        (json_int_t)ev->reused_tokens, "recomputed_tokens",
-                                        (json_int_t)ev->recomputed_tokens, "encoded_tokens",
-                                        (json_int_t)ev->encoded_tokens, "completion_tokens",
-                                        (json_int_t)ev->completion_tokens, "kv_bytes_read",
-                                        (json_int_t)ev->kv_bytes_read));
+    (void)json_object_set_new(
+        j, "usage",
+        json_pack("{s:I,s:I,s:I,s:I,s:s,s:I,s:I,s:I}", "prompt_tokens",
+                  (json_int_t)ev->prompt_tokens, "reused_tokens", (json_int_t)ev->reused_tokens,
+                  "recomputed_tokens", (json_int_t)ev->recomputed_tokens, "encoded_tokens",
+                  (json_int_t)ev->encoded_tokens, "encoded_why", ev->encoded_why,
+                  "completion_tokens", (json_int_t)ev->completion_tokens, "kv_bytes_read",
+                  (json_int_t)ev->kv_bytes_read, "kv_bytes_from_disk",
+                  (json_int_t)ev->kv_bytes_from_disk));
     (void)json_object_set_new(
         j, "plan",
         json_pack("{s:I,s:f}", "blocks", (json_int_t)a->found->n, "recompute", ev->recompute));
     (void)json_object_set_new(j, "finish", ev->finish ? json_string(ev->finish) : json_null());
-    (void)json_object_set_new(j, "timings_ms",
-                              json_pack("{s:f,s:f,s:f}", "retrieve", a->retrieve_ms, "first_token",
-                                        found ? a->retrieve_ms + ev->first_token_ms : 0.0, "total",
-                                        ibid_ms_since(a->start_ns)));
+    (void)json_object_set_new(
+        j, "timings_ms",
+        json_pack("{s:f,s:f,s:f,s:f}", "retrieve", a->retrieve_ms, "first_token",
+                  found ? a->retrieve_ms + ev->first_token_ms : 0.0, "disk_wait", ev->kv_wait_ms,
+                  "total", ibid_ms_since(a->start_ns)));
     return j;
+}
+
+static const char *why_encoded(const ibid_answer_event *ev) {
+    if (strstr(ev->encoded_why, "slow_disk"))
+        return " (faster than reading their KV from this disk)";
+    if (strstr(ev->encoded_why, "damaged")) return " (their stored KV was damaged)";
+    return ev->encoded_why[0] ? " (their KV had been evicted)" : "";
 }
 
 static void print_answer(const struct ask *a, const ibid_answer_event *ev) {
@@ -123,11 +132,11 @@ static void print_answer(const struct ask *a, const ibid_answer_event *ev) {
     }
     printf("\n%sretrieved in %.0f ms, first token after %.0f ms, %.1f s in all; %llu of %llu "
            "prompt tokens "
-           "reused, %llu recomputed, %llu encoded now%s\n",
+           "reused, %llu recomputed, %llu encoded now%s%s\n",
            ibidi_dim(), a->retrieve_ms, a->retrieve_ms + ev->first_token_ms,
            ibid_ms_since(a->start_ns) / 1000, (unsigned long long)ev->reused_tokens,
            (unsigned long long)ev->prompt_tokens, (unsigned long long)ev->recomputed_tokens,
-           (unsigned long long)ev->encoded_tokens, ibidi_plain());
+           (unsigned long long)ev->encoded_tokens, why_encoded(ev), ibidi_plain());
 }
 
 static bool on_event(void *arg, const ibid_answer_event *ev) {

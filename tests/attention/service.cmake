@@ -23,3 +23,6 @@ ibid_test(attention.decode_alloc
     ${CMAKE_CURRENT_LIST_DIR}/../support/engine_fixture.c
     ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
   LIBS ibid_attention Threads::Threads TIMEOUT 300)
+ibid_test(attention.load
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_load.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
+  LIBS ibid_attention TIMEOUT 300)
