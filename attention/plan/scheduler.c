@@ -8,7 +8,7 @@
 enum {
     PATIENCE_S = 10,
     SLICE_NS = 200000000,
-    LINGER_SHARE = 4, /* of the last batch's time */
+    LINGER_SHARE = 2, /* of the last batch's time */
     LINGER_LEAST_NS = 1000000,
     LINGER_MOST_NS = 20000000
 };

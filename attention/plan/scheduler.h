@@ -65,7 +65,7 @@ void ibid_sched_leave(ibid_sched *s);
 
 /* Runs a step of one row in the next batch and waits for it, outside any turn. A batch waits for
  * those who were in the last one, so that they do not fall apart into two that alternate, but no
- * longer than a quarter of the last batch's time (at least 1 ms, at most 20), and only once for
+ * longer than half of the last batch's time (at least 1 ms, at most 20), and only once for
  * each that is late; a lone answer waits for nobody. The result is what a forward of the step alone
  * gives, errors too: they are those of ibid_engine_forward, and one step's do not touch the others.
  * cancel (may be NULL): looked at before the step runs; during it only if it runs alone. Allocates
