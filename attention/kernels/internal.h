@@ -23,9 +23,11 @@ enum {
 extern const ibid_kernels ibidi_kernels_reference;
 #ifdef IBIDI_KERNELS_X86
 extern const ibid_kernels ibidi_kernels_avx2;
+extern const ibid_kernels ibidi_kernels_avxvnni;
 extern const ibid_kernels ibidi_kernels_avx512;
 extern const ibid_kernels ibidi_kernels_avx512vnni;
 bool ibidi_cpu_avx2(void);
+bool ibidi_cpu_avxvnni(void);
 bool ibidi_cpu_avx512(void);
 bool ibidi_cpu_avx512vnni(void);
 #endif

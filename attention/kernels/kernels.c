@@ -4,12 +4,21 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#ifdef IBIDI_KERNELS_X86
+#include <cpuid.h>
+#endif
 
 #ifdef IBIDI_KERNELS_X86
 /* The builtin checks the operating system's saving of the registers too (XGETBV). Every CPU with
  * AVX2 has F16C, which clang 14 cannot ask about by name. */
 bool ibidi_cpu_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+/* By CPUID leaf 7, subleaf 1: compilers of our time cannot all ask by name. */
+bool ibidi_cpu_avxvnni(void) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return ibidi_cpu_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
 }
 
 bool ibidi_cpu_avx512(void) {
@@ -27,6 +36,7 @@ static const ibid_kernels *const all_kernels[] = {
     &ibidi_kernels_reference,
 #ifdef IBIDI_KERNELS_X86
     &ibidi_kernels_avx2,
+    &ibidi_kernels_avxvnni, /* of clients; CPUs with AVX-512 too have its VNNI, and take that */
     &ibidi_kernels_avx512,
     &ibidi_kernels_avx512vnni,
 #endif

@@ -45,7 +45,7 @@ typedef struct ibid_attn_args {
 } ibid_attn_args;
 
 typedef struct ibid_kernels {
-    const char *name;        /* "reference", "avx2", "avx512", "avx512vnni" */
+    const char *name;        /* "reference", "avx2", "avxvnni", "avx512", "avx512vnni" */
     bool (*supported)(void); /* by this CPU and operating system */
 
     /* dst[i] = the i-th weight of the row, i < n (n a multiple of the type's block). */

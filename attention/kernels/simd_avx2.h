@@ -262,8 +262,14 @@ INLINE vi vi_high4(vi v) {
 }
 /* acc + the sum of four products of unsigned by signed bytes; q8_dp_small: u below 16. */
 #ifdef IBIDI_VNNI
+/* All that AVX-VNNI adds. Without it this is compiled for tests only, whose CPUs may know the same
+ * instruction by its AVX-512 VL encoding (tests/attention/avxvnni_evex.c). */
 INLINE vi vi_dpbusd(vi acc, vi u, vi x) {
+#ifdef __AVXVNNI__
     return _mm256_dpbusd_avx_epi32(acc, u, x);
+#else
+    return _mm256_dpbusd_epi32(acc, u, x);
+#endif
 }
 INLINE vi q8_dp(vi acc, vi u, vi x) {
     return vi_dpbusd(acc, u, x);
@@ -342,6 +348,25 @@ INLINE vi vi_max(vi a, vi b) {
 INLINE vi vi_pick_greater(vi a, vi b, vi index, vi old) {
     return _mm256_blendv_epi8(old, index, _mm256_cmpgt_epi32(a, b));
 }
+#ifdef IBIDI_VNNI
+enum { MS_PLANES = 1 };
+INLINE void ms_expand(vi column, vi out[1]) {
+    out[0] = column;
+}
+/* vpdpbusd takes the query unsigned: q + 128, and starts at -128 * the key's sum to make up for it.
+ */
+INLINE void ms_query(const int8_t *q, uint32_t out[1]) {
+    memcpy(out, q, 4);
+    out[0] ^= 0x80808080u;
+}
+INLINE vi ms_dot(vi acc, vi q, vi k) {
+    return vi_dpbusd(acc, q, k);
+}
+INLINE vi ms_start(vi start, const vi k[1]) {
+    vi s = vi_dpbusd(_mm256_setzero_si256(), _mm256_set1_epi8((char)0x80), k[0]);
+    return _mm256_sub_epi32(start, s);
+}
+#else
 enum { MS_PLANES = 2 };
 /* Bytes 0 and 2, then 1 and 3, of each lane as int16 pairs. */
 INLINE void ms_expand(vi column, vi out[2]) {
@@ -351,4 +376,5 @@ INLINE void ms_expand(vi column, vi out[2]) {
 INLINE vi ms_dot(vi acc, vi q, vi k) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(q, k));
 }
+#endif
 #endif

@@ -6,6 +6,7 @@
 
 #include <immintrin.h>
 
+#define IBIDI_512 1
 #define INLINE static inline __attribute__((always_inline))
 
 enum {

@@ -233,7 +233,7 @@ static void panel_tiles(size_t n, const float *w, size_t ldw, const float *x, si
     case 2:
         panel_tile(2, w, ldw, x, ldx, k, y, ldy, rows, add);
         break;
-#if defined(__AVX512F__)
+#ifdef IBIDI_512
     case 3:
         panel_tile(3, w, ldw, x, ldx, k, y, ldy, rows, add);
         break;
