@@ -12,7 +12,8 @@ enum {
     SAMPLE_STEP = 4,                /* every fourth layer tells whether a block is in memory */
     AHEAD_MIN = 4,                  /* layers asked for before they are needed, */
     AHEAD_BYTES = 32 * 1024 * 1024, /* or as many as hold this */
-    MEASURE_BYTES = 1024 * 1024     /* less says little about a disk */
+    SAMPLE_BYTES = 256 * 1024,      /* less tells a disk's delay, not its speed */
+    MEASURE_BYTES = 1024 * 1024     /* less says little when layers are computed meanwhile */
 };
 
 static uint64_t missing_of(const ibidi_stored *s, size_t n_layers, size_t step) {
@@ -62,7 +63,8 @@ static void time_disk(ibid_load_meter *m, ibidi_stored *s, size_t n_layers, uint
     s->missing = missing_of(s, n_layers, 1);
     uint64_t came = before > s->missing ? before - s->missing : 0;
     /* Nothing at all within the limit is a speed too. */
-    ibid_load_came(m, came ? came : page, now - start, false, now);
+    if (came >= SAMPLE_BYTES || now >= until_ns)
+        ibid_load_came(m, came ? came : page, now - start, false, now);
 }
 
 bool ibidi_stored_loses(ibid_load_meter *m, ibidi_stored *s, size_t n_layers, size_t n_tokens,

@@ -39,7 +39,7 @@ void ibid_load_came(ibid_load_meter *m, uint64_t bytes, uint64_t ns, bool at_lea
     if (bytes == 0 || ns == 0) return;
     double seen = (double)bytes * 1e9 / (double)ns;
     bool fresh = ibid_load_rates_now(m, now_ns).bytes_per_s > 0;
-    if (at_least && fresh && seen <= atomic_load(&m->bytes_per_s)) return;
+    if (at_least && (!fresh || seen <= atomic_load(&m->bytes_per_s))) return;
     if (fresh)
         blend(&m->bytes_per_s, seen);
     else

@@ -40,7 +40,7 @@ ibid_load_rates ibid_load_rates_now(ibid_load_meter *m, uint64_t now_ns);
  * other. */
 void ibid_load_encoded(ibid_load_meter *m, uint64_t tokens, uint64_t ns);
 /* Bytes that came from disk. at_least: something else took part of the time, so the disk may be
- * faster than that. */
+ * faster than that; this raises an estimate that stands, and makes none. */
 void ibid_load_came(ibid_load_meter *m, uint64_t bytes, uint64_t ns, bool at_least,
                     uint64_t now_ns);
 #endif

@@ -68,6 +68,8 @@ static void meter(void **state) {
     assert_true(ibid_load_rates_now(&m, s).tokens_per_s > 40);
     assert_true(ibid_load_rates_now(&m, s).bytes_per_s == 0);
     ibid_load_came(&m, 1000, s, true, 5 * s);
+    assert_true(ibid_load_rates_now(&m, 6 * s).bytes_per_s == 0);
+    ibid_load_came(&m, 1000, s, false, 5 * s);
     assert_true(ibid_load_rates_now(&m, 6 * s).bytes_per_s == 1000);
     ibid_load_came(&m, 500, s, true, 5 * s); /* at least that: nothing new */
     assert_true(ibid_load_rates_now(&m, 6 * s).bytes_per_s == 1000);
@@ -81,7 +83,7 @@ static void meter(void **state) {
 
 /* ---- The room ---- */
 
-enum { N = 6 };
+enum { N = 6, LAYERS = 24 };
 
 typedef struct fixture {
     char data[256];
@@ -160,7 +162,7 @@ static int set_up(void **state) {
     char gguf[300];
     uint64_t block;
     spec.n_ctx = 4096;
-    spec.n_layers = 12;
+    spec.n_layers = LAYERS;
     spec.seed = 11;
     (void)snprintf(f->data, sizeof f->data, "/tmp/ibid-test-XXXXXX");
     assert_non_null(mkdtemp(f->data));
@@ -221,7 +223,7 @@ static void store_path(const fixture *f, char *out, size_t room) {
 static uint64_t make_cold(fixture *f) {
     char path[400];
     ibid_snap *snap = NULL;
-    ibid_kv_place at[12];
+    ibid_kv_place at[LAYERS];
     const ibid_chunk *chunks;
     ibid_block rec;
     size_t n;
@@ -235,7 +237,7 @@ static uint64_t make_cold(fixture *f) {
     assert_ok(ibid_snap_chunks(snap, f->document, &chunks, &n));
     for (size_t i = 0; i < N; i++) {
         assert_ok(ibid_snap_block(snap, f->blocks[i], &rec));
-        assert_ok(ibid_snap_kv_places(snap, f->blocks[i], 12, at));
+        assert_ok(ibid_snap_kv_places(snap, f->blocks[i], LAYERS, at));
     }
     store_path(f, path, sizeof path);
     int fd = open(path, O_RDWR);
@@ -244,8 +246,8 @@ static uint64_t make_cold(fixture *f) {
     assert_int_equal(posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED), 0);
     (void)close(fd);
     for (size_t i = 0; i < N; i++) {
-        assert_ok(ibid_snap_kv_places(snap, f->blocks[i], 12, at));
-        for (size_t l = 0; l < 12; l++) missing += ibid_kv_place_missing(&at[l]);
+        assert_ok(ibid_snap_kv_places(snap, f->blocks[i], LAYERS, at));
+        for (size_t l = 0; l < LAYERS; l++) missing += ibid_kv_place_missing(&at[l]);
     }
     ibid_snap_end(snap);
     return missing;
