@@ -25,7 +25,8 @@ enum {
     AQ_GROUPS = AT_MAX_DIM / IBIDI_BLOCK,
     AQ_SPREAD = 8,
     AQ_NOTHING = 24,
-    AQ_AHEAD = 1 /* tiles */
+    AQ_SHORT = 16, /* keys: what a tile may be cut to; blocks end anywhere */
+    AQ_AHEAD = 1   /* tiles */
 };
 
 typedef struct aq_rows {
@@ -265,6 +266,10 @@ INLINE void aq_scores(const int N, const int V, const aq_rows *x, const aq_tile 
 INLINE void aq_scores_used(const int N, const aq_rows *x, const aq_tile *t, const size_t *row,
                            size_t used, float (*out)[AT_KEYS]) {
     size_t key = 0;
+    if (used <= AQ_SHORT) {
+        aq_scores(N, AQ_SHORT / VL, x, t, row, 0, out);
+        return;
+    }
     for (; key + AT_VECS * VL <= (used > 32 ? 64 : 32); key += AT_VECS * VL) {
         aq_scores(N, AT_VECS, x, t, row, key, out);
     }
@@ -354,8 +359,10 @@ INLINE void aq_values_cols(const int N, const size_t TOKENS, const aq_pass *s, c
 INLINE void aq_values_used(const int N, const aq_pass *s, const aq_rows *x, const aq_tile *t) {
     if (s->used > 32)
         aq_values_cols(N, 64, s, x, t);
-    else
+    else if (s->used > AQ_SHORT)
         aq_values_cols(N, 32, s, x, t);
+    else
+        aq_values_cols(N, AQ_SHORT, s, x, t);
 }
 
 static void aq_flush(aq_pass *s, const aq_rows *x, const aq_tile *t) {
@@ -421,18 +428,14 @@ INLINE void aq_round(const vf e[AQ_VECS], const aq_tile *t, size_t groups, uint8
     }
 }
 
-/* What a group's rows see of a tile, into their states; what they weigh, to the passes. */
-static void aq_attend(aq_group *g, aq_rows *x, const aq_tile *t, aq_pass *high, aq_pass *low) {
-    uint64_t any = 0;
-    if (g->n == 0) return;
-    for (size_t i = 0; i < g->n; i++) any |= g->bits[i];
-    size_t used = 64 - (size_t)__builtin_clzll(any);
-    aq_scores_any(g->n, x, t, g->row, used, g->s);
-
+/* What a group's rows see of the first VECS vectors of a tile's keys, into their states; what they
+ * weigh, to the passes. */
+INLINE void aq_attend_keys(const size_t VECS, size_t used, aq_group *g, aq_rows *x,
+                           const aq_tile *t, aq_pass *high, aq_pass *low) {
     _Alignas(64) float top[16], drop[16];
     for (size_t i = 0; i < g->n; i++) {
         vf max = v_set1(-INFINITY);
-        for (size_t j = 0; j < AQ_VECS; j++) {
+        for (size_t j = 0; j < VECS; j++) {
             vf s = v_load(g->s[i] + j * VL);
             if (g->bits[i] != ~UINT64_C(0)) {
                 s = v_pick((uint32_t)(g->bits[i] >> (j * VL)), s, v_set1(-INFINITY));
@@ -454,6 +457,8 @@ static void aq_attend(aq_group *g, aq_rows *x, const aq_tile *t, aq_pass *high, 
         if (!(top[i] > -INFINITY) || top[i] < old - AQ_NOTHING) continue;
         vf e[AQ_VECS], sum = v_zero();
         for (size_t j = 0; j < AQ_VECS; j++) {
+            e[j] = v_zero();
+            if (j >= VECS) continue;
             e[j] = v_exp2_low(v_sub(v_load(g->s[i] + j * VL), v_set1(top[i])));
             sum = v_add(sum, e[j]);
         }
@@ -479,6 +484,18 @@ static void aq_attend(aq_group *g, aq_rows *x, const aq_tile *t, aq_pass *high, 
         low->scale[l] = w * (1.0f / 65535);
         aq_round(e, t, x->groups, high->p[h], low->p[l]);
     }
+}
+
+static void aq_attend(aq_group *g, aq_rows *x, const aq_tile *t, aq_pass *high, aq_pass *low) {
+    uint64_t any = 0;
+    if (g->n == 0) return;
+    for (size_t i = 0; i < g->n; i++) any |= g->bits[i];
+    size_t used = 64 - (size_t)__builtin_clzll(any);
+    aq_scores_any(g->n, x, t, g->row, used, g->s);
+    if (used > AQ_SHORT)
+        aq_attend_keys(AQ_VECS, used, g, x, t, high, low);
+    else
+        aq_attend_keys(AQ_SHORT / VL, used, g, x, t, high, low);
     g->n = 0;
 }
 
