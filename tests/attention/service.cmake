@@ -4,6 +4,9 @@ target_link_libraries(bench_attention PRIVATE ibid_attention PkgConfig::JANSSON 
 # Tokens per second of concurrent answers.
 add_executable(bench_streams ${CMAKE_CURRENT_LIST_DIR}/../bench/streams.c)
 target_link_libraries(bench_streams PRIVATE ibid_attention Threads::Threads ibid_flags)
+# First token over a store that is cold, cached and warm.
+add_executable(bench_stored ${CMAKE_CURRENT_LIST_DIR}/../bench/stored.c)
+target_link_libraries(bench_stored PRIVATE ibid_attention ibid_flags)
 ibid_test(attention.service
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_service.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
   LIBS ibid_attention TIMEOUT 600)

@@ -83,7 +83,7 @@ static void meter(void **state) {
 
 /* ---- The room ---- */
 
-enum { N = 6, LAYERS = 24 };
+enum { N = 6, LAYERS = 12 };
 
 typedef struct fixture {
     char data[256];
@@ -163,6 +163,7 @@ static int set_up(void **state) {
     uint64_t block;
     spec.n_ctx = 4096;
     spec.n_layers = LAYERS;
+    spec.n_kv_heads = spec.n_heads;
     spec.seed = 11;
     (void)snprintf(f->data, sizeof f->data, "/tmp/ibid-test-XXXXXX");
     assert_non_null(mkdtemp(f->data));
@@ -394,11 +395,8 @@ static void damaged(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(choices),
-        cmocka_unit_test(meter),
-        cmocka_unit_test_setup_teardown(same_answer, set_up, tear_down),
-        cmocka_unit_test_setup_teardown(same_bits, set_up, tear_down),
-        cmocka_unit_test_setup_teardown(damaged, set_up, tear_down),
+        cmocka_unit_test(choices),   cmocka_unit_test(meter),   cmocka_unit_test(same_answer),
+        cmocka_unit_test(same_bits), cmocka_unit_test(damaged),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests(tests, set_up, tear_down);
 }
