@@ -63,13 +63,13 @@ void ibid_sched_question_end(ibid_sched *s);
 void ibid_sched_enter(ibid_sched *s, bool question);
 void ibid_sched_leave(ibid_sched *s);
 
-/* Runs a step of one row in the next batch and waits for it, outside any turn. A batch waits for
- * those who were in the last one, so that they do not fall apart into two that alternate, but no
- * longer than half of the last batch's time (at least 1 ms, at most 20), and only once for
- * each that is late; a lone answer waits for nobody. The result is what a forward of the step alone
- * gives, errors too: they are those of ibid_engine_forward, and one step's do not touch the others.
- * cancel (may be NULL): looked at before the step runs; during it only if it runs alone. Allocates
- * nothing. */
+/* Runs a step of one row (without step.ready) in the next batch and waits for it, outside any turn.
+ * A batch waits for those who were in the last one, so that they do not fall apart into two that
+ * alternate, but no longer than half of the last batch's time (at least 1 ms, at most 20), and only
+ * once for each that is late; a lone answer waits for nobody. The result is what a forward of the
+ * step alone gives, errors too: they are those of ibid_engine_forward, and one step's do not touch
+ * the others. cancel (may be NULL): looked at before the step runs; during it only if it runs
+ * alone. Allocates nothing. */
 ibid_err ibid_sched_decode(ibid_sched *s, ibid_decoder *d, ibid_engine *e, ibid_step *step,
                            const atomic_bool *cancel);
 /* The answer decodes no more: nobody waits for it. Any number of times. */
