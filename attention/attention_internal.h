@@ -98,7 +98,7 @@ ibid_err ibidi_rekey(ibidi_room *r, ibidi_loaded *m, uint64_t *n);
 
 /* ---- attention_answer.c ---- */
 ibid_err ibidi_answer_begin(ibidi_room *r, const ibid_call *call);
-/* Cancels the answer of a stream at once, also within a step. */
+/* Cancels the answer of a stream at once, also within a step; after it if others share the step. */
 void ibidi_answer_cancel(ibidi_room *r, uint64_t stream);
 /* Cancels all and waits for their threads. */
 void ibidi_answers_stop(ibidi_room *r);
