@@ -472,6 +472,10 @@ INLINE void aq_attend_keys(const size_t VECS, size_t used, aq_group *g, aq_rows 
         ibid_attn_state *st = &x->a->state[x->row0 + row];
         st->sum = st->sum * keep + w * total;
         bool one = total >= AQ_SPREAD;
+        if (!one && low->n == AT_ROWS) { /* a row's high plane must come first: it scales acc */
+            aq_flush(high, x, t);
+            aq_flush(low, x, t);
+        }
         size_t h = aq_place(high, x, t, row, used);
         high->keep[h] = keep;
         high->scale[h] = w * (one ? 1.0f / 255 : 256.0f / 65535);
