@@ -466,6 +466,13 @@ static ibid_err run_answer(answering *a, const ibid_answer_plan *plan, ibid_answ
     }
 }
 
+/* What the disk was too slow for comes meanwhile, for the next question. */
+static void fetch_slow(const answering *a) {
+    for (size_t i = 0; i < a->n; i++)
+        if (a->blocks[i].why & SLOW)
+            ibid_kv_places_willneed(a->blocks[i].stored.places, a->m->model->n_layers);
+}
+
 static void count_reused(answering *a) {
     for (size_t i = 0; i < a->n; i++) {
         const block *b = &a->blocks[i];
@@ -517,6 +524,7 @@ static ibid_err run_plan(answering *a) {
     if (!e) e = run_answer(a, &plan, &out);
     if (!e) count_reused(a);
     if (!e) e = push_done(a, &out, share);
+    if (!e) fetch_slow(a);
     (void)pthread_mutex_lock(&a->m->lock);
     a->m->answers++;
     a->m->completion_tokens += out.completion_tokens;
