@@ -25,8 +25,8 @@ enum {
     AQ_GROUPS = AT_MAX_DIM / IBIDI_BLOCK,
     AQ_SPREAD = 8,
     AQ_NOTHING = 24,
-    AQ_SHORT = 16, /* keys: what a tile may be cut to; blocks end anywhere */
-    AQ_AHEAD = 1   /* tiles */
+    AQ_STEP = 16, /* keys: a tile that is not full is cut to a multiple */
+    AQ_AHEAD = 1  /* tiles */
 };
 
 typedef struct aq_rows {
@@ -45,11 +45,10 @@ typedef struct aq_tile {
     _Alignas(64) float k_scale[AQ_GROUPS * AT_KEYS];    /* [groups, AT_KEYS] */
     _Alignas(64) float v_scale[2][AQ_GROUPS * AT_KEYS]; /* 255 of v_max's 1, and 65535 */
     float v_max[AQ_GROUPS];
-    size_t t0;
-    /* A tile of fewer than AT_KEYS keys, filled up with zeros: nothing is read past a view's end.
-     */
-    _Alignas(64) int8_t last[2][AT_MAX_DIM * AT_KEYS];
-    _Alignas(64) uint16_t last_scale[2][AQ_GROUPS * AT_KEYS];
+    /* Of keys that do not lie together, or of fewer than AT_KEYS: nothing is read past a view's
+     * end. */
+    _Alignas(64) int8_t copy[2][AT_MAX_DIM * AT_KEYS];
+    _Alignas(64) uint16_t copy_scale[2][AQ_GROUPS * AT_KEYS];
 } aq_tile;
 
 /* Up to AT_ROWS rows with one plane of weights each, waiting to meet the values. */
@@ -187,26 +186,63 @@ static void aq_scale_values(aq_tile *t, size_t groups) {
     }
 }
 
-/* A copy of n tokens and zeros after them. */
-static const void *aq_fill_up(void *to, const void *from, size_t n, size_t each) {
-    memcpy(to, from, n * each);
-    memset((uint8_t *)to + n * each, 0, (AT_KEYS - n) * each);
+/* The keys of a tile: up to AT_KEYS of the view's tokens that are not masked, in order. A mask so
+ * costs nothing but the copy of what it parts. */
+typedef struct aq_keys {
+    size_t n, next; /* next: where the tile after this one begins to look */
+    uint32_t at[AT_KEYS];
+} aq_keys;
+
+static void aq_next_keys(const ibid_attn_args *a, aq_keys *s) {
+    size_t n_tokens = a->kv->n_tokens, t = s->next;
+    s->n = 0;
+    while (t < n_tokens && s->n < AT_KEYS) {
+        uint64_t seen = (a->masked ? ~a->masked[t / 64] : ~UINT64_C(0)) >> t % 64;
+        size_t left = n_tokens - t < 64 - t % 64 ? n_tokens - t : 64 - t % 64, end = t + left;
+        if (left < 64) seen &= (UINT64_C(1) << left) - 1;
+        for (; seen && s->n < AT_KEYS; seen &= seen - 1) {
+            s->at[s->n++] = (uint32_t)(t + (size_t)__builtin_ctzll(seen));
+        }
+        t = seen ? s->at[s->n - 1] + 1 : end;
+    }
+    s->next = t;
+}
+
+/* Which of the keys a row that sees [0, visible) may use. */
+static uint64_t aq_bits(const aq_keys *s, size_t visible) {
+    size_t n = s->n;
+    if (s->at[n - 1] >= visible) {
+        for (n = 0; s->at[n] < visible;) n++;
+    }
+    return n == 64 ? ~UINT64_C(0) : (UINT64_C(1) << n) - 1;
+}
+
+/* A copy of the keys' rows, and zeros up to a whole tile. */
+static const void *aq_gather(void *to, const void *from, const aq_keys *s, size_t each) {
+    uint8_t *row = to;
+    for (size_t i = 0; i < s->n; i++, row += each) {
+        memcpy(row, (const uint8_t *)from + s->at[i] * each, each);
+    }
+    memset(row, 0, (AT_KEYS - s->n) * each);
     return to;
 }
 
-__attribute__((noinline)) static void aq_load(aq_tile *t, const ibid_attn_args *a, size_t t0) {
+__attribute__((noinline)) static void aq_load(aq_tile *t, const ibid_attn_args *a,
+                                              const aq_keys *s) {
     const ibid_kv_view *kv = a->kv;
     size_t dim = kv->head_dim, groups = dim / IBIDI_BLOCK;
-    size_t token = a->kv_head * kv->n_tokens + t0, n = kv->n_tokens - t0;
+    size_t token = a->kv_head * kv->n_tokens;
     const int8_t *k = (const int8_t *)kv->k + token * dim, *v = (const int8_t *)kv->v + token * dim;
     const uint16_t *ks = kv->k_scale + token * groups, *vs = kv->v_scale + token * groups;
-    if (n < AT_KEYS) {
-        k = aq_fill_up(t->last[0], k, n, dim);
-        v = aq_fill_up(t->last[1], v, n, dim);
-        ks = aq_fill_up(t->last_scale[0], ks, n, groups * sizeof *ks);
-        vs = aq_fill_up(t->last_scale[1], vs, n, groups * sizeof *vs);
+    if (s->n == AT_KEYS && s->at[AT_KEYS - 1] - s->at[0] == AT_KEYS - 1) {
+        size_t at = s->at[0];
+        k += at * dim, v += at * dim, ks += at * groups, vs += at * groups;
+    } else {
+        k = aq_gather(t->copy[0], k, s, dim);
+        v = aq_gather(t->copy[1], v, s, dim);
+        ks = aq_gather(t->copy_scale[0], ks, s, groups * sizeof *ks);
+        vs = aq_gather(t->copy_scale[1], vs, s, groups * sizeof *vs);
     }
-    t->t0 = t0;
     if (dim == 64) { /* the usual sizes, so that addresses are constants */
         aq_turn_keys(t, k, 64);
         aq_turn_values(t, v, 64);
@@ -266,14 +302,10 @@ INLINE void aq_scores(const int N, const int V, const aq_rows *x, const aq_tile 
 INLINE void aq_scores_used(const int N, const aq_rows *x, const aq_tile *t, const size_t *row,
                            size_t used, float (*out)[AT_KEYS]) {
     size_t key = 0;
-    if (used <= AQ_SHORT) {
-        aq_scores(N, AQ_SHORT / VL, x, t, row, 0, out);
-        return;
-    }
-    for (; key + AT_VECS * VL <= (used > 32 ? 64 : 32); key += AT_VECS * VL) {
+    for (; key + AT_VECS * VL <= (used + AQ_STEP - 1) / AQ_STEP * AQ_STEP; key += AT_VECS * VL) {
         aq_scores(N, AT_VECS, x, t, row, key, out);
     }
-    if (key < used) aq_scores(N, 32 / VL < AT_VECS ? 32 / VL : AT_VECS, x, t, row, key, out);
+    for (; key < used; key += AQ_STEP) aq_scores(N, AQ_STEP / VL, x, t, row, key, out);
 }
 
 static void aq_scores_any(size_t n, const aq_rows *x, const aq_tile *t, const size_t *row,
@@ -357,12 +389,14 @@ INLINE void aq_values_cols(const int N, const size_t TOKENS, const aq_pass *s, c
 }
 
 INLINE void aq_values_used(const int N, const aq_pass *s, const aq_rows *x, const aq_tile *t) {
-    if (s->used > 32)
+    if (s->used > 48)
         aq_values_cols(N, 64, s, x, t);
-    else if (s->used > AQ_SHORT)
+    else if (s->used > 32)
+        aq_values_cols(N, 48, s, x, t);
+    else if (s->used > 16)
         aq_values_cols(N, 32, s, x, t);
     else
-        aq_values_cols(N, AQ_SHORT, s, x, t);
+        aq_values_cols(N, 16, s, x, t);
 }
 
 static void aq_flush(aq_pass *s, const aq_rows *x, const aq_tile *t) {
@@ -397,7 +431,7 @@ enum { AQ_VECS = AT_KEYS / VL };
 
 typedef struct aq_group {
     size_t n, row[AT_ROWS];
-    uint64_t bits[AT_ROWS]; /* keys of the tile the row sees */
+    uint64_t bits[AT_ROWS]; /* keys of the tile the row may use */
     _Alignas(64) float s[AT_ROWS][AT_KEYS];
 } aq_group;
 
@@ -496,10 +530,14 @@ static void aq_attend(aq_group *g, aq_rows *x, const aq_tile *t, aq_pass *high, 
     for (size_t i = 0; i < g->n; i++) any |= g->bits[i];
     size_t used = 64 - (size_t)__builtin_clzll(any);
     aq_scores_any(g->n, x, t, g->row, used, g->s);
-    if (used > AQ_SHORT)
-        aq_attend_keys(AQ_VECS, used, g, x, t, high, low);
+    if (used > 48)
+        aq_attend_keys(64 / VL, used, g, x, t, high, low);
+    else if (used > 32)
+        aq_attend_keys(48 / VL, used, g, x, t, high, low);
+    else if (used > 16)
+        aq_attend_keys(32 / VL, used, g, x, t, high, low);
     else
-        aq_attend_keys(AQ_SHORT / VL, used, g, x, t, high, low);
+        aq_attend_keys(16 / VL, used, g, x, t, high, low);
     g->n = 0;
 }
 
@@ -508,12 +546,12 @@ static void aq_batch(aq_rows *x, aq_tile *t) {
     aq_group g;
     aq_pass high, low;
     g.n = high.n = low.n = high.used = low.used = 0;
-    for (size_t t0 = 0; t0 < a->kv->n_tokens; t0 += AT_KEYS) {
+    for (aq_keys keys = {.next = 0}; aq_next_keys(a, &keys), keys.n;) {
         bool loaded = false;
         for (size_t r = 0; r < x->n; r++) {
-            uint64_t bits = ibidi_visible_bits(a, x->row0 + r, t0);
+            uint64_t bits = aq_bits(&keys, a->visible[x->row0 + r]);
             if (!bits) continue;
-            if (!loaded) aq_load(t, a, t0);
+            if (!loaded) aq_load(t, a, &keys);
             loaded = true;
             g.row[g.n] = r;
             g.bits[g.n++] = bits;
