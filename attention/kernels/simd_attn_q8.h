@@ -218,7 +218,7 @@ static uint64_t aq_bits(const aq_keys *s, size_t visible) {
 }
 
 /* A copy of the keys' rows, and zeros up to a whole tile. */
-static const void *aq_gather(void *to, const void *from, const aq_keys *s, size_t each) {
+INLINE const void *aq_gather(void *to, const void *from, const aq_keys *s, const size_t each) {
     uint8_t *row = to;
     for (size_t i = 0; i < s->n; i++, row += each) {
         memcpy(row, (const uint8_t *)from + s->at[i] * each, each);
@@ -227,10 +227,9 @@ static const void *aq_gather(void *to, const void *from, const aq_keys *s, size_
     return to;
 }
 
-__attribute__((noinline)) static void aq_load(aq_tile *t, const ibid_attn_args *a,
-                                              const aq_keys *s) {
+INLINE void aq_load_dim(aq_tile *t, const ibid_attn_args *a, const aq_keys *s, const size_t dim) {
     const ibid_kv_view *kv = a->kv;
-    size_t dim = kv->head_dim, groups = dim / IBIDI_BLOCK;
+    const size_t groups = dim / IBIDI_BLOCK;
     size_t token = a->kv_head * kv->n_tokens;
     const int8_t *k = (const int8_t *)kv->k + token * dim, *v = (const int8_t *)kv->v + token * dim;
     const uint16_t *ks = kv->k_scale + token * groups, *vs = kv->v_scale + token * groups;
@@ -243,19 +242,26 @@ __attribute__((noinline)) static void aq_load(aq_tile *t, const ibid_attn_args *
         ks = aq_gather(t->copy_scale[0], ks, s, groups * sizeof *ks);
         vs = aq_gather(t->copy_scale[1], vs, s, groups * sizeof *vs);
     }
-    if (dim == 64) { /* the usual sizes, so that addresses are constants */
-        aq_turn_keys(t, k, 64);
-        aq_turn_values(t, v, 64);
-    } else if (dim == 128) {
-        aq_turn_keys(t, k, 128);
-        aq_turn_values(t, v, 128);
-    } else {
-        aq_turn_keys(t, k, dim);
-        aq_turn_values(t, v, dim);
-    }
+    aq_turn_keys(t, k, dim);
+    aq_turn_values(t, v, dim);
     aq_turn_scales(ks, groups, t->k_scale);
     aq_turn_scales(vs, groups, t->v_scale[0]);
     aq_scale_values(t, groups);
+}
+
+__attribute__((noinline)) static void aq_load(aq_tile *t, const ibid_attn_args *a,
+                                              const aq_keys *s) {
+    switch (a->kv->head_dim) { /* the usual sizes, so that addresses are constants */
+    case 64:
+        aq_load_dim(t, a, s, 64);
+        break;
+    case 128:
+        aq_load_dim(t, a, s, 128);
+        break;
+    default:
+        aq_load_dim(t, a, s, a->kv->head_dim);
+        break;
+    }
 }
 
 /* ---- Scores ---- */
