@@ -21,7 +21,7 @@ enum {
     IBIDI_PAGE = 64,     /* live tokens per page of f32 KV */
     IBIDI_PAGE_I8 = 512, /* and of q8_0: each call of attn_i8 rounds its queries anew */
     IBIDI_TILE = 192,    /* query rows (rows x heads of a kv head) an attention part takes */
-    IBIDI_SPLIT = 512,   /* least tokens of a split of a long context */
+    IBIDI_SPLIT = 1024,  /* least tokens of a split of a long context */
     IBIDI_SPLITS_MAX = 32,
     IBIDI_FEW_TASKS = 16 /* a step with fewer attention parts than this has its context split */
 };

@@ -569,6 +569,17 @@ static void aq_batch(aq_rows *x, aq_tile *t) {
     }
 }
 
+/* The first tile, while the queries are rounded. */
+static void aq_fetch_first(const ibid_attn_args *a) {
+    const ibid_kv_view *kv = a->kv;
+    size_t n = kv->n_tokens < AT_KEYS ? kv->n_tokens : AT_KEYS, dim = kv->head_dim;
+    size_t token = a->kv_head * kv->n_tokens;
+    for (size_t i = 0; i < n * dim; i += 64) {
+        __builtin_prefetch((const int8_t *)kv->k + token * dim + i, 0, 1);
+        __builtin_prefetch((const int8_t *)kv->v + token * dim + i, 0, 1);
+    }
+}
+
 static void simd_attn_i8(const ibid_attn_args *a) {
     if (!attn_fits(a) || a->kv->type != IBID_KV_Q8_0) {
         simd_attn(a);
@@ -576,6 +587,7 @@ static void simd_attn_i8(const ibid_attn_args *a) {
     }
     aq_rows x;
     aq_tile t;
+    aq_fetch_first(a);
     for (size_t r = 0; r < a->n_rows; r += AQ_BATCH) {
         aq_begin(&x, a, r, a->n_rows - r < AQ_BATCH ? a->n_rows - r : AQ_BATCH);
         aq_batch(&x, &t);
