@@ -478,8 +478,6 @@ static void *work(void *arg) {
         struct timespec until;
         deadline(200, &until);
         (void)pthread_mutex_lock(&r->mutex);
-        /* A job that came in meanwhile shows that the store is there. */
-        if (r->jobs) waiting = false;
         if (waiting && !r->closing) (void)pthread_cond_timedwait(&r->work, &r->mutex, &until);
         if (r->closing) waiting = false;
         (void)pthread_mutex_unlock(&r->mutex);
