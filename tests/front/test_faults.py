@@ -13,7 +13,7 @@ import unittest
 
 from support import SAMPLE, Service, model_file
 
-SEED = 20260101
+SEED = int(os.environ.get("IBID_TEST_SEED", "20260101"))
 KILLS = int(os.environ.get("IBID_TEST_KILLS", "50"))
 
 
@@ -78,7 +78,9 @@ class Faults(unittest.TestCase):
         verify = s.json("verify")
         self.assertTrue(verify["clean"], verify)
         again = s.json("ask", "--max-tokens", "8", question)
-        self.assertEqual((again["answer"], again["usage"]["encoded_tokens"]), (answer, 0))
+        self.assertEqual(again["answer"], answer)
+        if again["usage"]["encoded_tokens"]:  # on purpose only: the disk was slower than the encoder
+            self.assertEqual(again["usage"]["encoded_why"], "slow_disk", again["usage"])
         last = max(int(d.split("-")[1]) for d in acknowledged)
         hit = s.json("search", "--collection", "notes", f"entry number {last} of the register")["hits"][0]
         self.assertEqual(hit["document"], f"doc-{last}")
