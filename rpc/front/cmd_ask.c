@@ -240,16 +240,17 @@ static ibid_err attempt(struct ask *a, ibid_str text) {
 static int ask_one(void *arg, ibid_str text, json_t *id) {
     struct ask *a = arg;
     ibid_err e = IBID_OK;
+    uint64_t since = 0;
+    int replaced = 0;
     a->id = id;
     a->start_ns = ibid_now_ns();
     a->streamed = a->wrote = false;
     a->status = 0;
-    for (int tries = 0; tries < 4 && !interrupted; tries++) {
+    while (!interrupted) {
         e = attempt(a, text);
-        bool again = e == IBID_UNAVAIL || e == IBID_NOTFOUND;
-        if (!again || a->streamed || a->wrote ||
-            (e == IBID_UNAVAIL && !ibidi_service_recover(a->s)))
-            break;
+        bool again = e == IBID_NOTFOUND ? ++replaced < 4 : e == IBID_UNAVAIL || e == IBID_BUSY;
+        if (!again || a->streamed || a->wrote) break;
+        if (e != IBID_NOTFOUND && !ibidi_service_again(a->s, &since)) break;
     }
     if (interrupted && !e) e = ibid_fail(IBID_CANCELLED, "interrupted");
     return e ? ibidi_report(a->cli, e) : a->status;

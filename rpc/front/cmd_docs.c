@@ -193,8 +193,12 @@ static ibid_err find_place(ibid_cli *cli, ibid_service *s, const char *name, str
     char *real = realpath(name, NULL);
     if (!real) return ibid_fail_errno(errno, "cannot read", name);
     (void)snprintf(out->collection, sizeof out->collection, ".find");
-    ibid_err e = ibid_idx_cache_file(s->indexer, ibidi_str(cli->o.model), ibidi_str(real), out->id,
-                                     sizeof out->id);
+    uint64_t since = 0;
+    ibid_err e;
+    do
+        e = ibid_idx_cache_file(s->indexer, ibidi_str(cli->o.model), ibidi_str(real), out->id,
+                                sizeof out->id);
+    while (ibidi_room_away(e) && ibidi_service_again(s, &since));
     free(real);
     return e;
 }
@@ -262,10 +266,9 @@ int ibidi_cmd_find(ibid_cli *cli) {
                                .query = ibidi_str(cli->args[0]),
                                .exact_only = cli->o.exact_only,
                                .min_score = cli->o.min_score};
-        for (int tries = 0; tries < 4; tries++) {
-            e = ibid_ret_find(s.retriever, &q, &r);
-            if (e != IBID_UNAVAIL || !ibidi_service_recover(&s)) break;
-        }
+        uint64_t since = 0;
+        do e = ibid_ret_find(s.retriever, &q, &r);
+        while (ibidi_room_away(e) && ibidi_service_again(&s, &since));
     }
     int status = r.n ? 0 : 1;
     if (!e && cli->o.json) {
@@ -303,10 +306,20 @@ int ibidi_cmd_verify(ibid_cli *cli) {
     size_t i;
     ibid_buf_init(&out, 1 << 20);
     ibid_err e = ibidi_service_open(&cli->o, true, &s);
-    if (!e) e = ibid_kvc_verify(s.kvstore, &out, &in_store);
+    uint64_t since = 0;
+    while (!e) {
+        ibid_buf_clear(&out);
+        e = ibid_kvc_verify(s.kvstore, &out, &in_store);
+        if (!ibidi_room_away(e) || !ibidi_service_again(&s, &since)) break;
+        e = IBID_OK;
+    }
     if (!e) add_lines(faults, &out, "store");
-    ibid_buf_clear(&out);
-    if (!e) e = ibid_ret_verify(s.retriever, &out, &in_index);
+    while (!e) {
+        ibid_buf_clear(&out);
+        e = ibid_ret_verify(s.retriever, &out, &in_index);
+        if (!ibidi_room_away(e) || !ibidi_service_again(&s, &since)) break;
+        e = IBID_OK;
+    }
     if (!e) add_lines(faults, &out, "index");
     int status = in_store + in_index ? 2 : 0;
     if (e) {

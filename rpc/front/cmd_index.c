@@ -3,6 +3,7 @@
 #include "rpc/front/commands.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -113,21 +114,19 @@ static int finish(const ibid_cli *cli, const ibid_job_status *st, json_t *files)
 static int follow(ibid_cli *cli, ibid_service *s, uint64_t job) {
     bool terminal = isatty(STDERR_FILENO), paused = false;
     json_t *files = cli->o.json ? json_array() : NULL;
-    uint64_t from = 0;
-    unsigned ticks = 0, lost = 0;
+    uint64_t from = 0, since = 0;
+    unsigned ticks = 0;
     for (;;) {
         ibid_job_status st;
         if (interrupted && !paused) paused = ibid_idx_pause(s->indexer, job) == IBID_OK;
         ibid_err e = ibid_idx_status(s->indexer, job, from, 500, &st);
-        if ((e == IBID_UNAVAIL || e == IBID_TIMEOUT) && lost++ < 20) {
-            (void)ibidi_service_recover(s);
-            continue;
-        }
+        /* NOTFOUND too: its row was there, so an indexer just started has not got its store yet. */
+        if ((ibidi_room_away(e) || e == IBID_NOTFOUND) && ibidi_service_again(s, &since)) continue;
         if (e) {
             json_decref(files);
             return ibidi_report(cli, e);
         }
-        lost = 0;
+        since = 0;
         if (terminal && !cli->o.json) (void)fputs("\r\033[K", stderr);
         for (size_t i = 0; i < st.n_files; i++) {
             if (files)
@@ -143,7 +142,9 @@ static int follow(ibid_cli *cli, ibid_service *s, uint64_t job) {
             return status;
         }
         if (!over && (terminal || ticks++ % 10 == 9)) progress_line(&st, terminal);
+        bool idle = st.n_files == 0;
         ibid_job_status_close(&st);
+        if (idle) (void)poll(NULL, 0, 10); /* a job not yet resumed is answered at once */
     }
 }
 
@@ -172,10 +173,11 @@ static ibid_err submit(const ibid_cli *cli, ibid_service *s, uint64_t *job) {
                             .force = cli->o.force,
                             .dry_run = cli->o.dry_run};
     /* Submitting twice is harmless: what the first job did is unchanged for the second. */
-    for (int tries = 0; !e && tries < 5; tries++) {
+    uint64_t since = 0;
+    while (!e) {
         e = ibid_idx_submit(s->indexer, &q, job);
-        if (e != IBID_UNAVAIL || !ibidi_service_recover(s)) break;
-        if (tries < 4) e = IBID_OK;
+        if (!ibidi_room_away(e) || !ibidi_service_again(s, &since)) break;
+        e = IBID_OK;
     }
     for (size_t i = 0; i < cli->n_args; i++) free(real[i]);
     return e;
@@ -198,7 +200,13 @@ static ibid_err resume(ibid_service *s, uint64_t *job) {
     if (!e) e = ibid_snap_begin(s->store, &snap);
     if (!e) e = ibid_snap_each_job(snap, last_unfinished, job);
     ibid_snap_end(snap);
-    return e ? e : ibid_idx_resume(s->indexer, 0, &n);
+    uint64_t since = 0;
+    while (!e) {
+        e = ibid_idx_resume(s->indexer, 0, &n);
+        if (!ibidi_room_away(e) || !ibidi_service_again(s, &since)) break;
+        e = IBID_OK;
+    }
+    return e;
 }
 
 int ibidi_cmd_index(ibid_cli *cli) {

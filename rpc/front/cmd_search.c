@@ -55,11 +55,10 @@ int ibidi_each_question(ibid_cli *cli, int (*fn)(void *, ibid_str, json_t *), vo
 }
 
 ibid_err ibidi_search(ibid_service *s, const ibid_search_request *q, ibid_search_result *out) {
-    ibid_err e = IBID_OK;
-    for (int tries = 0; tries < 4; tries++) {
-        e = ibid_ret_search(s->retriever, q, out);
-        if (e != IBID_UNAVAIL || !ibidi_service_recover(s)) break;
-    }
+    uint64_t since = 0;
+    ibid_err e;
+    do e = ibid_ret_search(s->retriever, q, out);
+    while (ibidi_room_away(e) && ibidi_service_again(s, &since));
     return e;
 }
 

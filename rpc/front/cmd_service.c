@@ -12,7 +12,7 @@ int ibidi_cmd_up(ibid_cli *cli) {
     ibid_err e = ibidi_service_open(&cli->o, false, &s);
     if (!e && cli->o.foreground) return ibidi_supervise(s.data, &cli->o);
     bool running = !e && ibidi_supervisor_pid(s.data) != 0;
-    if (!e) e = ibidi_supervisor_start(s.data, &cli->o);
+    if (!e) e = ibidi_supervisor_start(s.data, &cli->o, IBIDI_START_MS);
     if (e) return ibidi_report(cli, e);
     if (cli->o.json)
         return ibidi_json_print(json_pack("{s:b,s:I,s:s}", "started", !running, "pid",
@@ -42,12 +42,13 @@ int ibidi_cmd_version(ibid_cli *cli) {
 
 /* ---- status ---- */
 
-static json_t *room_status(const ibid_service *s, size_t i, uint64_t restarts) {
+static json_t *room_status(const ibid_service *s, size_t i, uint64_t restarts, bool *ready) {
     ibid_client *clients[IBIDI_ROOMS] = {s->kvstore, s->attention, s->retriever, s->indexer};
     uint64_t pid = 0, uptime = 0;
     ibid_err e = clients[i] ? ibid_client_ping(clients[i], 1000, &pid, &uptime) : IBID_UNAVAIL;
-    return json_pack("{s:s,s:b,s:I,s:f,s:I}", "room", ibidi_room_names[i], "ready", e == IBID_OK,
-                     "pid", (json_int_t)pid, "uptime_s", (double)uptime / 1000, "restarts",
+    *ready = e == IBID_OK;
+    return json_pack("{s:s,s:b,s:I,s:f,s:I}", "room", ibidi_room_names[i], "ready", *ready, "pid",
+                     (json_int_t)pid, "uptime_s", (double)uptime / 1000, "restarts",
                      (json_int_t)restarts);
 }
 
@@ -164,18 +165,18 @@ int ibidi_cmd_status(ibid_cli *cli) {
     ibid_err e = ibidi_service_open(&cli->o, false, &s);
     if (e) return ibidi_report(cli, e);
     bool up = ibidi_supervisor_pid(s.data) != 0;
-    if (up) e = ibidi_service_open(&cli->o, true, &s);
+    if (up) e = ibidi_service_connect(&s); /* status only looks: it never starts a service */
     if (e) return ibidi_report(cli, e);
     json_t *j = json_pack("{s:s,s:b}", "data", s.data, "running", up), *rooms = json_array();
     uint64_t restarts[IBIDI_ROOMS] = {0};
+    bool ready[IBIDI_ROOMS] = {false};
     if (up) ibidi_supervisor_restarts(s.data, restarts);
     for (size_t i = 0; i < IBIDI_ROOMS; i++)
-        (void)json_array_append_new(rooms, room_status(&s, i, restarts[i]));
+        (void)json_array_append_new(rooms, room_status(&s, i, restarts[i], &ready[i]));
     (void)json_object_set_new(j, "rooms", rooms);
-    if (up) {
-        add_reply(j, "attention", ibid_attn_status(s.attention, &r), &r);
-        add_reply(j, "retriever", ibid_ret_status(s.retriever, &r), &r);
-    }
+    /* in the order of ibidi_room_names */
+    if (ready[1]) add_reply(j, "attention", ibid_attn_status(s.attention, &r), &r);
+    if (ready[2]) add_reply(j, "retriever", ibid_ret_status(s.retriever, &r), &r);
     store_status(&s, j);
     int status = 0;
     if (cli->o.json) {

@@ -1,7 +1,9 @@
 #include "rpc/front/service.h"
+#include "rpc/base/clock.h"
 #include "rpc/bus/host.h"
 #include "rpc/front/supervisor.h"
 
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -11,20 +13,23 @@ static ibid_err open_client(const ibid_service *s, const char *room, ibid_client
     return e ? e : ibid_client_open(url, out);
 }
 
+ibid_err ibidi_service_connect(ibid_service *s) {
+    ibid_err e = open_client(s, "kvstore", &s->kvstore);
+    if (!e) e = open_client(s, "attention", &s->attention);
+    if (!e) e = open_client(s, "retriever", &s->retriever);
+    if (!e) e = open_client(s, "indexer", &s->indexer);
+    return e;
+}
+
 ibid_err ibidi_service_open(const ibid_opts *o, bool rooms, ibid_service *s) {
     *s = (ibid_service){.o = o};
     ibid_err e = ibid_host_data_dir(o->data, s->data);
     if (e || !rooms) return e;
     if (ibidi_supervisor_pid(s->data) == 0) {
         (void)fprintf(stderr, "ibid: starting the service for %s (ibid down stops it)\n", s->data);
-        e = ibidi_supervisor_start(s->data, o);
-        if (e) return e;
+        e = ibidi_supervisor_start(s->data, o, IBIDI_START_MS);
     }
-    e = open_client(s, "kvstore", &s->kvstore);
-    if (!e) e = open_client(s, "attention", &s->attention);
-    if (!e) e = open_client(s, "retriever", &s->retriever);
-    if (!e) e = open_client(s, "indexer", &s->indexer);
-    return e;
+    return e ? e : ibidi_service_connect(s);
 }
 
 ibid_err ibidi_service_store(ibid_service *s) {
@@ -47,6 +52,16 @@ void ibidi_service_close(ibid_service *s) {
     *s = (ibid_service){0};
 }
 
-bool ibidi_service_recover(ibid_service *s) {
-    return ibidi_supervisor_start(s->data, s->o) == IBID_OK;
+bool ibidi_room_away(ibid_err e) {
+    return e == IBID_UNAVAIL || e == IBID_TIMEOUT || e == IBID_BUSY;
+}
+
+bool ibidi_service_again(ibid_service *s, uint64_t *since_ns) {
+    if (*since_ns == 0) *since_ns = ibid_now_ns();
+    double spent = ibid_ms_since(*since_ns);
+    if (spent >= IBIDI_START_MS) return false;
+    uint64_t left = IBIDI_START_MS - (uint64_t)spent;
+    if (ibidi_supervisor_start(s->data, s->o, left) != IBID_OK) return false;
+    (void)poll(NULL, 0, 50); /* the rooms answer, but one may still be opening another's socket */
+    return true;
 }

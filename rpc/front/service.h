@@ -20,6 +20,12 @@ ibid_err ibidi_service_open(const ibid_opts *o, bool rooms, ibid_service *s);
 /* Opens the store for reading. NOTFOUND with a hint when nothing was ever indexed here. */
 ibid_err ibidi_service_store(ibid_service *s);
 void ibidi_service_close(ibid_service *s);
-/* Starts the service again if a room did not answer (UNAVAIL, TIMEOUT): true if it is up now. */
-bool ibidi_service_recover(ibid_service *s);
+/* Opens the clients of the rooms, whether they run or not; starts nothing. */
+ibid_err ibidi_service_connect(ibid_service *s);
+/* After a call to a room that failed: brings the service up again and pauses shortly. True: repeat
+ * the call. False: a minute has passed since the first failure, or the service does not start.
+ * *since_ns is the moment of that failure; the caller sets it to 0 at first and after a success. */
+bool ibidi_service_again(ibid_service *s, uint64_t *since_ns);
+/* The errors of a room that is away: killed, or not yet ready after its start. */
+bool ibidi_room_away(ibid_err e);
 #endif

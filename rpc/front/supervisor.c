@@ -11,7 +11,6 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/file.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
@@ -25,7 +24,8 @@ enum {
     BACKOFF_MAX_MS = 5000,
     HEALTHY_MS = 10000,
     STOP_MS = 15000,  /* then SIGKILL: LMDB and the jobs survive that */
-    START_MS = 60000, /* readiness of all rooms */
+    LOCK_MS = 2000,   /* the one before may take so long to let go of the lock */
+    LAUNCH_MS = 3000, /* a supervisor that was started has its lock by then, or failed */
     LOG_KEEP = 8 * 1024 * 1024
 };
 
@@ -69,13 +69,28 @@ static ibid_err make_folders(const char *data) {
 
 /* ---- The lock that says who supervises ---- */
 
+/* A lock of the open file (not flock's): others can ask who holds it without taking it. */
+static struct flock whole_file(void) {
+    return (struct flock){.l_type = F_WRLCK, .l_whence = SEEK_SET};
+}
+
+/* Tries for LOCK_MS: a room that was being started when its supervisor was killed holds the lock
+ * until its exec. */
 static int take_lock(const char *data) {
     int fd = open_file(data, "run/supervisor.lock", O_RDWR | O_CREAT);
     if (fd < 0) return -1;
-    if (flock(fd, LOCK_EX | LOCK_NB) != 0) return close(fd), -1;
+    uint64_t start = ibid_now_ns();
+    struct flock lock = whole_file();
+    while (fcntl(fd, F_OFD_SETLK, &lock) != 0) {
+        if ((errno != EAGAIN && errno != EACCES && errno != EINTR) ||
+            ibid_ms_since(start) > LOCK_MS)
+            return close(fd), -1;
+        (void)poll(NULL, 0, 20);
+    }
+    /* Of one width, written over the last one's: a reader never finds half a number. */
     char pid[32];
-    int n = snprintf(pid, sizeof pid, "%ld\n", (long)getpid());
-    if (ftruncate(fd, 0) != 0 || pwrite(fd, pid, (size_t)n, 0) != n) return close(fd), -1;
+    int n = snprintf(pid, sizeof pid, "%-20ld\n", (long)getpid());
+    if (pwrite(fd, pid, (size_t)n, 0) != n || ftruncate(fd, n) != 0) return close(fd), -1;
     return fd;
 }
 
@@ -83,8 +98,10 @@ pid_t ibidi_supervisor_pid(const char *data) {
     int fd = open_file(data, "run/supervisor.lock", O_RDONLY);
     if (fd < 0) return 0;
     long pid = 0;
+    struct flock lock = whole_file();
     char text[32] = "";
-    if (flock(fd, LOCK_SH | LOCK_NB) != 0 && pread(fd, text, sizeof text - 1, 0) > 0)
+    if (fcntl(fd, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK &&
+        pread(fd, text, sizeof text - 1, 0) > 0)
         pid = strtol(text, NULL, 10);
     (void)close(fd);
     return pid > 1 ? (pid_t)pid : 0;
@@ -128,26 +145,51 @@ static void unblock_signals(void) {
     (void)sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
+/* What rooms and a supervisor that takes over are told alike. */
+struct words {
+    const char *argv[24];
+    size_t n;
+    char threads[32], budget[32], map[32];
+};
+
+static void add_word(struct words *w, const char *word) {
+    w->argv[w->n++] = word;
+}
+
+static void add_option(struct words *w, const char *name, const char *value) {
+    if (!value) return;
+    add_word(w, name);
+    add_word(w, value);
+}
+
+static const char *number(char text[32], uint64_t value) {
+    (void)snprintf(text, 32, "%llu", (unsigned long long)value);
+    return value ? text : NULL;
+}
+
+static void add_options(struct words *w, const char *data, const ibid_opts *o) {
+    add_option(w, "--data", data);
+    add_option(w, "--log-level", o->log_level);
+    add_option(w, "--threads", number(w->threads, o->threads));
+    add_option(w, "--kv-budget", number(w->budget, o->kv_budget));
+    add_option(w, "--map-size", number(w->map, o->map_size));
+    add_option(w, "--arithmetic", o->arithmetic);
+    add_option(w, "--kernels", o->kernels);
+}
+
 /* In the child: never returns. */
 static void exec_room(const struct supervisor *s, const char *name, pid_t parent) {
-    char program[4096], file[64], threads[32], budget[32], map[32];
+    char program[4096], file[64];
+    struct words w = {.n = 0};
     (void)prctl(PR_SET_PDEATHSIG, SIGTERM);
     if (getppid() != parent) _exit(1); /* the supervisor died before the line above */
     redirect(open_log(s->data, name));
     unblock_signals();
     (void)setpgid(0, 0); /* Ctrl-C at a terminal is the supervisor's business */
     (void)snprintf(file, sizeof file, "ibid-%s", name);
-    (void)snprintf(threads, sizeof threads, "%llu", (unsigned long long)s->o->threads);
-    (void)snprintf(budget, sizeof budget, "%llu", (unsigned long long)s->o->kv_budget);
-    (void)snprintf(map, sizeof map, "%llu", (unsigned long long)s->o->map_size);
-    const char *argv[16] = {file, "--data", s->data, "--log-level", s->o->log_level};
-    size_t n = 5;
-    if (s->o->threads) argv[n++] = "--threads", argv[n++] = threads;
-    if (s->o->kv_budget) argv[n++] = "--kv-budget", argv[n++] = budget;
-    if (s->o->map_size) argv[n++] = "--map-size", argv[n++] = map;
-    if (s->o->arithmetic) argv[n++] = "--arithmetic", argv[n++] = s->o->arithmetic;
-    if (s->o->kernels) (void)setenv("IBID_KERNELS", s->o->kernels, 1);
-    if (program_path(file, program, sizeof program)) (void)execv(program, (char *const *)argv);
+    add_word(&w, file);
+    add_options(&w, s->data, s->o);
+    if (program_path(file, program, sizeof program)) (void)execv(program, (char *const *)w.argv);
     (void)dprintf(STDERR_FILENO, "cannot run %s: %s\n", program, strerror(errno));
     _exit(127);
 }
@@ -202,17 +244,9 @@ static void guard_main(const struct supervisor *s, int pipe_end) {
     (void)program_path("ibid", program, sizeof program);
     (void)signal(SIGINT, SIG_DFL);
     ibid_log(IBID_LOG_WARN, "the supervisor died; its guard takes over");
-    char threads[32], budget[32], map[32];
-    const char *argv[20] = {"ibid",  "up",          "--foreground", "--data",
-                            s->data, "--log-level", s->o->log_level};
-    size_t k = 7;
-    (void)snprintf(threads, sizeof threads, "%llu", (unsigned long long)s->o->threads);
-    (void)snprintf(budget, sizeof budget, "%llu", (unsigned long long)s->o->kv_budget);
-    (void)snprintf(map, sizeof map, "%llu", (unsigned long long)s->o->map_size);
-    if (s->o->threads) argv[k++] = "--threads", argv[k++] = threads;
-    if (s->o->kv_budget) argv[k++] = "--kv-budget", argv[k++] = budget;
-    if (s->o->map_size) argv[k++] = "--map-size", argv[k++] = map;
-    (void)execv(program, (char *const *)argv);
+    struct words w = {.argv = {"ibid", "up", "--foreground"}, .n = 3};
+    add_options(&w, s->data, s->o);
+    (void)execv(program, (char *const *)w.argv);
     _exit(127);
 }
 
@@ -251,7 +285,7 @@ static void write_state(const struct supervisor *s) {
     char path[4096], fresh[4100];
     (void)snprintf(path, sizeof path, "%s/run/supervisor.json", s->data);
     (void)snprintf(fresh, sizeof fresh, "%s.new", path);
-    json_t *j = json_object();
+    json_t *j = json_pack("{s:I}", "supervisor", (json_int_t)getpid());
     for (size_t i = 0; i < IBIDI_ROOMS; i++)
         (void)json_object_set_new(j, ibidi_room_names[i],
                                   json_pack("{s:I,s:I}", "pid", (json_int_t)s->room[i].pid,
@@ -361,33 +395,33 @@ int ibidi_supervise(const char *data, const ibid_opts *o) {
 
 /* ---- From outside ---- */
 
-static ibid_err wait_ready(const char *data) {
-    uint64_t start = ibid_now_ns();
-    for (size_t i = 0; i < IBIDI_ROOMS; i++) {
-        char url[IBID_BUS_URL_MAX];
-        ibid_client *c = NULL;
-        ibid_err e = ibid_bus_url(data, ibidi_room_names[i], false, url);
-        if (!e) e = ibid_client_open(url, &c);
-        while (!e && (e = ibid_client_ping(c, 250, NULL, NULL)) != IBID_OK) {
-            bool late = ibid_ms_since(start) > START_MS;
-            if (late || (ibid_ms_since(start) > 2000 && ibidi_supervisor_pid(data) == 0)) break;
-            e = IBID_OK;
-            (void)poll(NULL, 0, 20);
-        }
-        ibid_client_close(c);
-        if (e)
-            return ibid_fail(IBID_UNAVAIL,
-                             "ibid-%s does not start; see %s/log/%s.log and "
-                             "%s/log/supervisor.log",
-                             ibidi_room_names[i], data, ibidi_room_names[i], data);
-    }
-    return IBID_OK;
+/* The room's process as the supervisor now in office says, 0 if there is none. Old rooms may still
+ * answer for a moment after their supervisor was killed: theirs is not this number. */
+static uint64_t room_pid(const char *data, size_t i) {
+    char path[4096];
+    (void)snprintf(path, sizeof path, "%s/run/supervisor.json", data);
+    pid_t supervisor = ibidi_supervisor_pid(data);
+    json_t *j = json_load_file(path, 0, NULL);
+    json_int_t author = json_integer_value(json_object_get(j, "supervisor"));
+    json_int_t pid =
+        json_integer_value(json_object_get(json_object_get(j, ibidi_room_names[i]), "pid"));
+    json_decref(j);
+    return supervisor != 0 && author == supervisor && pid > 0 ? (uint64_t)pid : 0;
 }
 
-ibid_err ibidi_supervisor_start(const char *data, const ibid_opts *o) {
-    if (ibidi_supervisor_pid(data) != 0) return wait_ready(data);
-    ibid_err e = make_folders(data);
-    if (e) return e;
+static bool room_ready(const char *data, size_t i) {
+    char url[IBID_BUS_URL_MAX];
+    ibid_client *c = NULL;
+    uint64_t expected = room_pid(data, i), pid = 0;
+    if (expected == 0 || ibid_bus_url(data, ibidi_room_names[i], false, url) != IBID_OK ||
+        ibid_client_open(url, &c) != IBID_OK)
+        return false;
+    bool answers = ibid_client_ping(c, 1000, &pid, NULL) == IBID_OK;
+    ibid_client_close(c);
+    return answers && pid == expected;
+}
+
+static ibid_err launch(const char *data, const ibid_opts *o) {
     pid_t pid = fork();
     if (pid < 0) return ibid_fail_errno(errno, "cannot fork", "");
     if (pid == 0) {
@@ -399,7 +433,29 @@ ibid_err ibidi_supervisor_start(const char *data, const ibid_opts *o) {
         _exit(ibidi_supervise(data, o));
     }
     (void)waitpid(pid, NULL, 0);
-    return wait_ready(data);
+    return IBID_OK;
+}
+
+ibid_err ibidi_supervisor_start(const char *data, const ibid_opts *o, uint64_t budget_ms) {
+    uint64_t start = ibid_now_ns(), launched = 0;
+    size_t ready = 0;
+    ibid_err e = make_folders(data);
+    while (!e) {
+        bool due = launched == 0 || ibid_ms_since(launched) > LAUNCH_MS;
+        if (due && ibidi_supervisor_pid(data) == 0) {
+            e = launch(data, o);
+            launched = ibid_now_ns();
+            ready = 0;
+        }
+        while (ready < IBIDI_ROOMS && room_ready(data, ready)) ready++;
+        if (e || ready == IBIDI_ROOMS) break;
+        if (ibid_ms_since(start) > (double)budget_ms)
+            e = ibid_fail(IBID_UNAVAIL,
+                          "ibid-%s does not start; see %s/log/%s.log and %s/log/supervisor.log",
+                          ibidi_room_names[ready], data, ibidi_room_names[ready], data);
+        (void)poll(NULL, 0, 20);
+    }
+    return e;
 }
 
 ibid_err ibidi_supervisor_stop(const char *data, bool *was) {

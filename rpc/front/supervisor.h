@@ -28,9 +28,11 @@ extern const char *const ibidi_room_names[IBIDI_ROOMS]; /* in starting order */
 int ibidi_supervise(const char *data, const ibid_opts *o);
 /* pid of the running supervisor, 0 if there is none. */
 pid_t ibidi_supervisor_pid(const char *data);
-/* Starts one in the background (its own session, output to log/supervisor.log) and returns when
- * every room answers. Errors: UNAVAIL with where to look. */
-ibid_err ibidi_supervisor_start(const char *data, const ibid_opts *o);
+enum { IBIDI_START_MS = 60000 };
+/* Returns when every room of the running supervisor answers. While there is no supervisor, starts
+ * one in the background (its own session, output to log/supervisor.log). Errors: UNAVAIL, with
+ * where to look, after budget_ms. */
+ibid_err ibidi_supervisor_start(const char *data, const ibid_opts *o, uint64_t budget_ms);
 /* Asks it to stop and waits; *was = false if none ran. */
 ibid_err ibidi_supervisor_stop(const char *data, bool *was);
 /* Fills restarts from run/supervisor.json (0 where unknown). */
