@@ -190,14 +190,22 @@ static void aq_scale_values(aq_tile *t, size_t groups) {
  * costs nothing but the copy of what it parts. */
 typedef struct aq_keys {
     size_t n, next; /* next: where the tile after this one begins to look */
-    uint32_t at[AT_KEYS];
+    bool together;  /* tokens first .. first + n - 1; else those of at */
+    uint32_t first, at[AT_KEYS];
 } aq_keys;
 
 static void aq_next_keys(const ibid_attn_args *a, aq_keys *s) {
     size_t n_tokens = a->kv->n_tokens, t = s->next;
+    s->first = (uint32_t)t;
+    s->together = t % 64 == 0 && (!a->masked || t >= n_tokens || !a->masked[t / 64]);
+    if (s->together) {
+        s->n = n_tokens - t < AT_KEYS ? n_tokens - t : AT_KEYS;
+        s->next = t + s->n;
+        return;
+    }
     s->n = 0;
     while (t < n_tokens && s->n < AT_KEYS) {
-        uint64_t seen = (a->masked ? ~a->masked[t / 64] : ~UINT64_C(0)) >> t % 64;
+        uint64_t seen = ~a->masked[t / 64] >> t % 64;
         size_t left = n_tokens - t < 64 - t % 64 ? n_tokens - t : 64 - t % 64, end = t + left;
         if (left < 64) seen &= (UINT64_C(1) << left) - 1;
         for (; seen && s->n < AT_KEYS; seen &= seen - 1) {
@@ -211,7 +219,10 @@ static void aq_next_keys(const ibid_attn_args *a, aq_keys *s) {
 /* Which of the keys a row that sees [0, visible) may use. */
 static uint64_t aq_bits(const aq_keys *s, size_t visible) {
     size_t n = s->n;
-    if (s->at[n - 1] >= visible) {
+    if (s->together) {
+        size_t see = visible > s->first ? visible - s->first : 0;
+        if (see < n) n = see;
+    } else if (s->at[n - 1] >= visible) {
         for (n = 0; s->at[n] < visible;) n++;
     }
     return n == 64 ? ~UINT64_C(0) : (UINT64_C(1) << n) - 1;
@@ -221,7 +232,8 @@ static uint64_t aq_bits(const aq_keys *s, size_t visible) {
 INLINE const void *aq_gather(void *to, const void *from, const aq_keys *s, const size_t each) {
     uint8_t *row = to;
     for (size_t i = 0; i < s->n; i++, row += each) {
-        memcpy(row, (const uint8_t *)from + s->at[i] * each, each);
+        size_t at = s->together ? s->first + i : s->at[i];
+        memcpy(row, (const uint8_t *)from + at * each, each);
     }
     memset(row, 0, (AT_KEYS - s->n) * each);
     return to;
@@ -233,8 +245,8 @@ INLINE void aq_load_dim(aq_tile *t, const ibid_attn_args *a, const aq_keys *s, c
     size_t token = a->kv_head * kv->n_tokens;
     const int8_t *k = (const int8_t *)kv->k + token * dim, *v = (const int8_t *)kv->v + token * dim;
     const uint16_t *ks = kv->k_scale + token * groups, *vs = kv->v_scale + token * groups;
-    if (s->n == AT_KEYS && s->at[AT_KEYS - 1] - s->at[0] == AT_KEYS - 1) {
-        size_t at = s->at[0];
+    if (s->together && s->n == AT_KEYS) {
+        size_t at = s->first;
         k += at * dim, v += at * dim, ks += at * groups, vs += at * groups;
     } else {
         k = aq_gather(t->copy[0], k, s, dim);
