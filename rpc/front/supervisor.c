@@ -25,6 +25,7 @@ enum {
     HEALTHY_MS = 10000,
     STOP_MS = 15000,  /* then SIGKILL: LMDB and the jobs survive that */
     LOCK_MS = 2000,   /* the one before may take so long to let go of the lock */
+    GUARD_MS = 1000,  /* the guard goes first: it knows the options of the service that died */
     LAUNCH_MS = 3000, /* a supervisor that was started has its lock by then, or failed */
     LOG_KEEP = 8 * 1024 * 1024
 };
@@ -304,6 +305,19 @@ void ibidi_supervisor_restarts(const char *data, uint64_t restarts[IBIDI_ROOMS])
     json_decref(j);
 }
 
+/* A planned end leaves no state: what is found without a supervisor is one's that was killed. */
+static void remove_state(const char *data) {
+    char path[4096];
+    (void)snprintf(path, sizeof path, "%s/run/supervisor.json", data);
+    (void)unlink(path);
+}
+
+static bool state_left(const char *data) {
+    char path[4096];
+    (void)snprintf(path, sizeof path, "%s/run/supervisor.json", data);
+    return access(path, F_OK) == 0;
+}
+
 static void reap(struct supervisor *s) {
     int status;
     for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;) {
@@ -387,6 +401,7 @@ int ibidi_supervise(const char *data, const ibid_opts *o) {
     ibid_log(IBID_LOG_INFO, "stopping");
     dismiss_guard(&s);
     stop_rooms(&s);
+    remove_state(data);
     ibid_log(IBID_LOG_INFO, "stopped");
     (void)close(sig);
     (void)close(s.lock);
@@ -441,7 +456,8 @@ ibid_err ibidi_supervisor_start(const char *data, const ibid_opts *o, uint64_t b
     size_t ready = 0;
     ibid_err e = make_folders(data);
     while (!e) {
-        bool due = launched == 0 || ibid_ms_since(launched) > LAUNCH_MS;
+        bool due = launched ? ibid_ms_since(launched) > LAUNCH_MS
+                            : ibid_ms_since(start) > GUARD_MS || !state_left(data);
         if (due && ibidi_supervisor_pid(data) == 0) {
             e = launch(data, o);
             launched = ibid_now_ns();

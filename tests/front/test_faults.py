@@ -85,6 +85,25 @@ class Faults(unittest.TestCase):
         hit = s.json("search", "--collection", "notes", f"entry number {last} of the register")["hits"][0]
         self.assertEqual(hit["document"], f"doc-{last}")
 
+    def test_takeover_keeps_the_options(self):
+        s = self.s
+        self.assertFalse(s.json("status")["running"])  # status looks and starts nothing
+        self.assertFalse(s.json("status")["running"])
+        s.ok("up", "--arithmetic", "f32", "--kernels", "reference")
+        for _ in range(3):
+            old = s.pids()
+            os.kill(old["supervisor"], signal.SIGKILL)
+            new = old
+            while new["supervisor"] == old["supervisor"]:  # it may take a moment to die
+                s.ok("up")  # when the new one is in office, returns only when every room is new
+                new = s.pids()
+            self.assertFalse(set(old.values()) & set(new.values()), (old, new, s.logs()))
+            for name, pid in new.items():
+                with open(f"/proc/{pid}/cmdline") as f:
+                    words = f.read().split("\0")
+                self.assertIn(("--arithmetic", "f32"), list(zip(words, words[1:])), name)
+                self.assertIn(("--kernels", "reference"), list(zip(words, words[1:])), name)
+
     def test_damaged_indexes_are_rebuilt(self):
         s, rng = self.s, random.Random(SEED)
         s.ok("index", SAMPLE)
