@@ -15,5 +15,16 @@ ibid_test(attention.engine_batch
 ibid_test(attention.engine_golden
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_engine_golden.c ${engine_support}
   LIBS ibid_engine TIMEOUT 300)
+# Every backend by force, which CPUs with a faster one never choose. reference is slow.
+foreach(backend reference avx2 avxvnni avx512 avx512vnni)
+  set(positions 160)
+  if(backend STREQUAL reference)
+    set(positions 48)
+  endif()
+  add_test(NAME attention.engine_golden_${backend} COMMAND test_attention_engine_golden
+    WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+  set_tests_properties(attention.engine_golden_${backend} PROPERTIES TIMEOUT 300 SKIP_RETURN_CODE 77
+    ENVIRONMENT "IBID_KERNELS=${backend};IBID_TEST_POSITIONS=${positions}")
+endforeach()
 add_executable(bench_engine ${CMAKE_CURRENT_LIST_DIR}/../bench/engine.c)
 target_link_libraries(bench_engine PRIVATE ibid_engine ibid_flags)
