@@ -199,6 +199,32 @@ static void test_golden(void **state) {
     free(g);
 }
 
+/* A few cases with f32 and int8, on whatever backend this machine chooses: what valgrind has the
+ * patience for. int8 may be off by as much as test_int8 allows it, besides. */
+static void test_few(void **state) {
+    static const size_t few[] = {0, 5, 2 * N_TYPES + 8}; /* llama F32 and Q4_1, qwen3 Q4_K */
+    const ibid_kernels *k = NULL;
+    golden *g = read_golden();
+    (void)state;
+    must(ibid_kernels_get(NULL, &k));
+    for (size_t i = 0; i < sizeof few / sizeof *few; i++) {
+        fx_model f;
+        char name[64];
+        double most = types[few[i] % N_TYPES].tolerance;
+        open_case(&f, few[i]);
+        for (int int8 = 0; int8 < (k->matmul_q8 ? 2 : 1); int8++) {
+            float *logits = run(f.m, NULL, int8);
+            double d = apart(&g[few[i]], logits);
+            printf("%-24s %s, %s kernels: %.2g\n", case_name(few[i], name), int8 ? "int8" : "f32",
+                   k->name, d);
+            if (!(d <= most + 3e-2 * int8)) fail_msg("%s: %.3g away from llama.cpp", name, d);
+            free(logits);
+        }
+        fx_close(&f);
+    }
+    free(g);
+}
+
 /* ---- what leaving something out would do ---- */
 
 /* Changes part number `part` of a model; NULL if the model has no such part, else its name. */
@@ -371,6 +397,39 @@ static void test_int8(void **state) {
     }
 }
 
+/* Prefill and then token by token, as an answer is made: the golden's last row. */
+static void test_decode(void **state) {
+    enum { PREFILL = N_TOKENS - 4, CASE = 5 };
+    golden *g = read_golden();
+    fx_model f;
+    int32_t tokens[N_TOKENS];
+    float logits[VOCAB];
+    (void)state;
+    open_case(&f, CASE);
+    for (size_t t = 0; t < N_TOKENS; t++) tokens[t] = token_at(t);
+    for (int int8 = 0; int8 < 2; int8++) {
+        ibid_engine *e = NULL;
+        ibid_seq *s = NULL;
+        double off = 0, size = 0;
+        must(ibid_engine_open(f.m, &(ibid_engine_opts){.n_threads = 2, .int8 = int8}, &e));
+        must(ibid_seq_open(e, N_TOKENS, &s));
+        fx_forward(e, s, 0, tokens, PREFILL, 1, logits);
+        for (uint32_t t = PREFILL; t < N_TOKENS; t++) fx_forward(e, s, t, tokens + t, 1, 1, logits);
+        ibid_seq_close(s);
+        ibid_engine_close(e);
+        for (size_t v = 0; v < VOCAB; v++) {
+            double want = (double)g[CASE].logits[N_FULL - 1][v];
+            off += pow((double)logits[v] - want, 2);
+            size += want * want;
+        }
+        off = sqrt(off / size);
+        printf("token by token, %s: %.2g\n", int8 ? "int8" : "f32", off);
+        assert_true(off <= types[CASE % N_TYPES].tolerance + 3e-2 * int8);
+    }
+    fx_close(&f);
+    free(g);
+}
+
 /* ---- for make_arch.py ---- */
 
 static int write_files(const char *folder) {
@@ -404,7 +463,10 @@ static int print_logits(const char *path) {
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_golden), cmocka_unit_test(test_parts_count),
-        cmocka_unit_test(test_naive), cmocka_unit_test(test_stored), cmocka_unit_test(test_int8)};
+        cmocka_unit_test(test_naive),  cmocka_unit_test(test_stored),
+        cmocka_unit_test(test_int8),   cmocka_unit_test(test_decode)};
+    const struct CMUnitTest few[] = {cmocka_unit_test(test_few), cmocka_unit_test(test_decode)};
+    if (argc == 2 && strcmp(argv[1], "--few") == 0) return cmocka_run_group_tests(few, NULL, NULL);
     if (argc == 3 && strcmp(argv[1], "--write") == 0) return write_files(argv[2]);
     if (argc == 3 && strcmp(argv[1], "--logits") == 0) return print_logits(argv[2]);
     return cmocka_run_group_tests(tests, NULL, NULL);
