@@ -19,7 +19,10 @@
  *   - a client dials on its first call, not before, and does not close while it is being greeted;
  *   - a server knocks at its own door now and then, and opens a second listener at the same address
  * if nobody opens; calls on connections made before go on. A client whose first call on a
- * connection ends without a reply dials again. */
+ * connection ends without a reply dials again.
+ *
+ * Its dialer, too, may stop for ever: seen when a peer was killed while connections were made. A
+ * client replaces a dialer that has brought no connection for two seconds. */
 #include "rpc/base/clock.h"
 #include "rpc/base/log.h"
 #include "rpc/bus/bus.h"
@@ -522,9 +525,12 @@ struct ibid_client {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     pthread_mutex_t dial_lock;
-    bool dialed; /* under dial_lock */
-    int pipe;    /* 0: not connected */
-    bool proven; /* a reply came over it */
+    bool dialed; /* this and the next two: under dial_lock */
+    nng_dialer dialer;
+    uint64_t dialed_ns;
+    int pipe;         /* 0: not connected */
+    uint64_t lost_ns; /* when the last pipe closed */
+    bool proven;      /* a reply came over it */
     nng_pipe handle;
     struct slot *busy, *idle;
     size_t n_idle;
@@ -540,6 +546,7 @@ static void pipe_cb(nng_pipe pipe, nng_pipe_ev ev, void *arg) {
         c->proven = false;
     } else {
         if (c->pipe == id) c->pipe = 0;
+        c->lost_ns = ibid_now_ns();
         for (struct slot *s = c->busy; s; s = s->next) {
             if (s->pipe != id) continue;
             s->lost = true;
@@ -563,7 +570,7 @@ static int client_prepare(ibid_client *c) {
 
 /* On the first call: a client that never calls must not knock and run. */
 static ibid_err client_dial(ibid_client *c) {
-    nng_dialer d;
+    nng_dialer d = NNG_DIALER_INITIALIZER;
     int rv = 0;
     (void)pthread_mutex_lock(&c->dial_lock);
     if (c->dialed) goto done;
@@ -572,10 +579,27 @@ static ibid_err client_dial(ibid_client *c) {
     if (!rv) rv = nng_dialer_set_ms(d, NNG_OPT_RECONNMINT, RECONNECT_MIN_MS);
     if (!rv) rv = nng_dialer_set_ms(d, NNG_OPT_RECONNMAXT, RECONNECT_MAX_MS);
     if (!rv) rv = nng_dialer_start(d, NNG_FLAG_NONBLOCK);
+    if (rv) (void)nng_dialer_close(d);
     c->dialed = rv == 0;
+    c->dialer = d;
+    c->dialed_ns = ibid_now_ns();
 done:
     (void)pthread_mutex_unlock(&c->dial_lock);
     return rv ? from_nng(rv, "cannot dial", c->url) : IBID_OK;
+}
+
+/* After a call that got no connection: the next one dials anew. */
+static void drop_dialer(ibid_client *c) {
+    (void)pthread_mutex_lock(&c->dial_lock);
+    (void)pthread_mutex_lock(&c->lock);
+    bool connected = c->pipe != 0;
+    uint64_t since = c->lost_ns > c->dialed_ns ? c->lost_ns : c->dialed_ns;
+    (void)pthread_mutex_unlock(&c->lock);
+    if (c->dialed && !connected && ibid_ms_since(since) >= CONNECT_MS) {
+        (void)nng_dialer_close(c->dialer);
+        c->dialed = false;
+    }
+    (void)pthread_mutex_unlock(&c->dial_lock);
 }
 
 ibid_err ibid_client_open(const char *url, ibid_client **out) {
@@ -684,10 +708,12 @@ static ibid_err slot_take(ibid_client *c, uint64_t deadline_ns, struct slot **ou
         e = ibid_fail(IBID_UNAVAIL, "nobody answers at %s", c->url);
     }
     (void)pthread_mutex_unlock(&c->lock);
-    if (e)
+    if (e) {
         slot_free(s);
-    else
+        drop_dialer(c);
+    } else {
         *out = s;
+    }
     return e;
 }
 
