@@ -9,13 +9,12 @@ enum {
 };
 
 /* Which groups of a layer's inputs are rounded finely (kernels.h, q8_pack), measured in
- * docs/performance.md: attention's inputs have a few large channels and decide what is looked at;
- * those of the feed-forward have them too, the same in most rows; its inner ones are large
- * anywhere; attention's output none that matter. The last layers' errors are not mended by any
- * after them. */
+ * docs/performance.md: all around attention, which decides what is looked at; of the feed-forward's
+ * inputs the few large channels, of its inner ones the larger half. The last layers' errors are not
+ * mended by any after them. */
 static const float FINE_ABOVE[IBIDI_WEIGHTS] = {
-    [IBIDI_WQ] = 0,      [IBIDI_WK] = 0,    [IBIDI_WV] = 0,     [IBIDI_WO] = INFINITY,
-    [IBIDI_GATE] = 1.2f, [IBIDI_UP] = 1.2f, [IBIDI_DOWN] = 1.5f};
+    [IBIDI_WQ] = 0,      [IBIDI_WK] = 0,    [IBIDI_WV] = 0,     [IBIDI_WO] = 0,
+    [IBIDI_GATE] = 1.2f, [IBIDI_UP] = 1.2f, [IBIDI_DOWN] = 1.2f};
 enum { ONE_LAST_LAYER_IN = 16 }; /* and one more: all groups are fine */
 
 /* ---- Opening ---- */
