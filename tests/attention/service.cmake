@@ -10,6 +10,13 @@ target_link_libraries(bench_stored PRIVATE ibid_attention ibid_flags)
 ibid_test(attention.service
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_service.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
   LIBS ibid_attention TIMEOUT 600)
+# One answer by force with what machines without AVX-512 choose; --answer takes any IBID_KERNELS.
+foreach(backend avx2 avxvnni)
+  add_test(NAME attention.service_${backend} COMMAND test_attention_service --answer
+    WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+  set_tests_properties(attention.service_${backend} PROPERTIES TIMEOUT 300 SKIP_RETURN_CODE 77
+    ENVIRONMENT "IBID_KERNELS=${backend}")
+endforeach()
 ibid_test(attention.calibration
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_calibration.c
   LIBS ibid_calibration)

@@ -8,6 +8,7 @@
 
 #include "attention/attention.h"
 #include "attention/attention_room.h"
+#include "attention/kernels/kernels.h"
 #include "kvstore/kvstore_client.h"
 #include "kvstore/kvstore_room.h"
 #include "tests/support/gguf_write.h"
@@ -558,7 +559,55 @@ static void real_model(void **state) {
     remove_data(&f);
 }
 
-int main(void) {
+/* The kernels that a running room says it has. */
+static void check_kernels(fixture *f, const char *want) {
+    ibid_reply r = {0};
+    const char *got = NULL;
+    size_t n = 0;
+    assert_ok(ibid_attn_status(f->at, &r));
+    assert_true(ibid_val_str(ibid_val_get(r.body, "kernels"), &got, &n));
+    print_message("%.*s kernels\n", (int)n, got);
+    assert_int_equal(n, strlen(want));
+    assert_memory_equal(got, want, n);
+    ibid_reply_close(&r);
+}
+
+/* A whole answer with the backend that IBID_KERNELS names. */
+static void one_answer(void **state) {
+    const char *path = ibid_test_model_path(), *forced = getenv("IBID_KERNELS");
+    fixture f;
+    static result r;
+    ibid_encode_result enc;
+    (void)state;
+    if (!path) skip();
+    assert_non_null(forced);
+    make_data(&f);
+    start(&f);
+    check_kernels(&f, forced);
+    assert_ok(ibid_attn_model_add(f.at, path, "", &f.model));
+    doc d = put_document(&f, "skerry", "Skerry Rock\n", facts, 1, &enc);
+    assert_ok(ask(&f, "What was the name of the lighthouse keeper?", &d, 1, 24, -1, &r));
+    print_message("answer: %s\n", r.text);
+    assert_non_null(strstr(r.text, "Halvard Brekke"));
+    assert_true(r.n_citations >= 1);
+    assert_non_null(strstr(r.quote[0], "Halvard Brekke"));
+    stop(&f);
+    remove_data(&f);
+}
+
+/* For the tests with forced backends: one answer only. */
+static int answer_once(void) {
+    const struct CMUnitTest tests[] = {cmocka_unit_test(one_answer)};
+    const ibid_kernels *k = NULL;
+    if (ibid_kernels_get(NULL, &k) == IBID_NOTSUP) {
+        (void)fprintf(stderr, "%s\n", ibid_err_detail());
+        return 77;
+    }
+    return cmocka_run_group_tests(tests, NULL, NULL) ? 1 : ibid_test_model_exit();
+}
+
+int main(int argc, char **argv) {
+    if (argc == 2 && strcmp(argv[1], "--answer") == 0) return answer_once();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(models, set_up, tear_down),
         cmocka_unit_test_setup_teardown(second_model, set_up, tear_down),
