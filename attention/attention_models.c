@@ -54,10 +54,8 @@ static ibid_err open_file(ibidi_room *r, ibid_str path, ibidi_loaded **out) {
     const char *kernels = r->opts.kernels[0] ? r->opts.kernels : NULL;
     char cache[IBID_HOST_PATH_MAX + 8];
     (void)snprintf(cache, sizeof cache, "%s/cache", r->opts.data_dir);
-    ibid_engine_opts o = {.kernels = kernels,
-                          .n_threads = r->opts.threads,
-                          .int8 = !r->opts.f32,
-                          .cache = cache};
+    ibid_engine_opts o = {
+        .kernels = kernels, .n_threads = r->opts.threads, .int8 = !r->opts.f32, .cache = cache};
     ibidi_loaded *m = ibid_calloc(1, sizeof *m);
     if (!m) return ibid_fail(IBID_NOMEM, "no memory for a model");
     ibid_sched_init(&m->sched);
@@ -89,6 +87,20 @@ static ibid_err stored_prefix(ibid_snap *snap, const ibid_model_record *rec, ibi
     if (!e) e = ibid_kv_blob_copy(views, m->model->n_layers, &m->prefix_kv);
     m->prefix_id = rec->prefix;
     ibid_free(views);
+    return e;
+}
+
+/* The stored prefix; what is damaged, or of another version, is encoded again from its tokens. */
+static ibid_err adopt_prefix(ibidi_room *r, ibid_snap *snap, const ibid_model_record *rec,
+                             ibidi_loaded *m) {
+    ibid_err e = stored_prefix(snap, rec, m);
+    if (e != IBID_CORRUPT && e != IBID_NOTFOUND) return e;
+    ibid_log(IBID_LOG_WARN, "%s: its prefix is encoded again: %s", m->name, ibid_err_detail());
+    e = ibid_read_prefix(m->model, m->engine, &m->sched, m->prefix_tokens, rec->n_prefix_tokens,
+                         rec->kv_type, &m->prefix_kv);
+    if (!e)
+        e = ibid_kvc_prefix_put(r->kvstore, &m->prefix_id, m->prefix_kv.n_layers,
+                                m->prefix_kv.values, m->prefix_kv.value_size);
     return e;
 }
 
@@ -156,8 +168,9 @@ ibid_err ibidi_model_save(ibidi_room *r, ibidi_loaded *m) {
 
 /* What the record says beyond the file. A calibration that cannot be read is made again on demand.
  */
-static ibid_err adopt_record(ibid_snap *snap, const ibid_model_record *rec, ibidi_loaded *m) {
-    ibid_err e = stored_prefix(snap, rec, m);
+static ibid_err adopt_record(ibidi_room *r, ibid_snap *snap, const ibid_model_record *rec,
+                             ibidi_loaded *m) {
+    ibid_err e = adopt_prefix(r, snap, rec, m);
     if (e) return e;
     make_reader(m, rec->kv_type, rec->n_prefix_tokens);
     ibidi_gates_decode(rec->gates, &m->gates);
@@ -196,7 +209,7 @@ static ibid_err load_record(ibidi_room *r, ibid_snap *snap, const ibid_model_rec
                       (int)rec->path.n, rec->path.s, (int)rec->name.n, rec->name.s);
     if (!e && !(m->name = ibid_strndup(rec->name.s, rec->name.n)))
         e = ibid_fail(IBID_NOMEM, "out of memory");
-    if (!e) e = adopt_record(snap, rec, m);
+    if (!e) e = adopt_record(r, snap, rec, m);
     if (e) {
         loaded_close(m);
         return e;
@@ -368,7 +381,7 @@ static ibid_err settle(ibidi_room *r, ibidi_loaded *m, const ibidi_adding *a) {
     if (!(m->name = ibid_strndup(name.s, name.n))) {
         e = ibid_fail(IBID_NOMEM, "out of memory");
     } else if (!there) {
-        e = adopt_record(snap, &rec, m);
+        e = adopt_record(r, snap, &rec, m);
         if (!e) e = same_type(m, a->kv_type);
         if (!e) e = ibidi_gate_add(r, m, m->reader.kv_type, a->force);
     } else {
