@@ -23,7 +23,7 @@ foreach(backend reference avx2 avxvnni avx512 avx512vnni)
   endif()
   add_test(NAME attention.engine_golden_${backend} COMMAND test_attention_engine_golden
     WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
-  set_tests_properties(attention.engine_golden_${backend} PROPERTIES TIMEOUT 300 SKIP_RETURN_CODE 77
+  set_tests_properties(attention.engine_golden_${backend} PROPERTIES TIMEOUT 900 SKIP_RETURN_CODE 77 LABELS plain_only
     ENVIRONMENT "IBID_KERNELS=${backend};IBID_TEST_POSITIONS=${positions}")
 endforeach()
 add_executable(bench_engine ${CMAKE_CURRENT_LIST_DIR}/../bench/engine.c)

@@ -9,13 +9,13 @@ add_executable(bench_stored ${CMAKE_CURRENT_LIST_DIR}/../bench/stored.c)
 target_link_libraries(bench_stored PRIVATE ibid_attention ibid_flags)
 ibid_test(attention.service
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_service.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
-  LIBS ibid_attention TIMEOUT 600)
+  LIBS ibid_attention TIMEOUT 1800)
 # One answer by force with what machines without AVX-512 choose; --answer takes any IBID_KERNELS.
 foreach(backend avx2 avxvnni)
   add_test(NAME attention.service_${backend} COMMAND test_attention_service --answer
     WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
-  set_tests_properties(attention.service_${backend} PROPERTIES TIMEOUT 300 SKIP_RETURN_CODE 77
-    ENVIRONMENT "IBID_KERNELS=${backend}")
+  set_tests_properties(attention.service_${backend} PROPERTIES TIMEOUT 600 SKIP_RETURN_CODE 77
+    ENVIRONMENT "IBID_KERNELS=${backend}" LABELS plain_only)
 endforeach()
 ibid_test(attention.calibration
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_calibration.c
@@ -27,12 +27,12 @@ ibid_test(attention.batching
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_batching.c
     ${CMAKE_CURRENT_LIST_DIR}/../support/engine_fixture.c
     ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
-  LIBS ibid_attention Threads::Threads TIMEOUT 300)
+  LIBS ibid_attention Threads::Threads TIMEOUT 900)
 ibid_test(attention.decode_alloc
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_decode_alloc.c
     ${CMAKE_CURRENT_LIST_DIR}/../support/engine_fixture.c
     ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
-  LIBS ibid_attention Threads::Threads TIMEOUT 300)
+  LIBS ibid_attention Threads::Threads TIMEOUT 900)
 ibid_test(attention.load
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_load.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
-  LIBS ibid_attention TIMEOUT 300)
+  LIBS ibid_attention TIMEOUT 900)
