@@ -62,7 +62,8 @@ INLINE void q8_pack_group(const float *v, float top, bool fine, const q8_x *x, s
     }
     int32_t first = vi_hsum(sum[0]), last = vi_hsum(sum[1]);
     x->d[at] = d;
-    x->sum[at] = d * ((float)(first + last) / 128);
+    /* As floats, exactly: a NaN rounds to INT32_MIN, and two of those have no int32 sum. */
+    x->sum[at] = d * (((float)first + (float)last) / 128);
     x->isum[2 * g * Q8_TILE + i] = first;
     x->isum[(2 * g + 1) * Q8_TILE + i] = last;
     x->fine[at] = fine;
