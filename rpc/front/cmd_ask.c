@@ -1,18 +1,14 @@
-#include "attention/attention.h"
 #include "rpc/base/clock.h"
+#include "rpc/front/asking.h"
 #include "rpc/front/commands.h"
 #include "rpc/front/markers.h"
 
-#include <math.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* Few blocks beat many (docs/design.md section 9), so by default an answer reads the best block,
- * and others only where the search could hardly tell them from it. */
-enum { BLOCKS_AUTO_MAX = 3, BLOCKS_MAX = 256, CITATIONS_SHOWN = 16 };
-static const double close_call = 0.8; /* of the best block's score */
+enum { CITATIONS_SHOWN = 16 };
 
 static volatile sig_atomic_t interrupted;
 
@@ -24,19 +20,17 @@ static void on_interrupt(int sig) {
 struct ask {
     ibid_cli *cli;
     ibid_service *s;
-    double recompute;
+    ibidi_ask_options options;
     /* of the question in hand */
     json_t *id;
-    const ibid_search_result *found;
-    double retrieve_ms;
-    uint64_t start_ns;
-    bool streamed, wrote; /* streamed: some text of the answer is on the screen already */
+    const ibidi_asked *asked;
+    bool streamed; /* some text of the answer is on the screen already */
     int status;
 };
 
 static const ibid_hit *hit_of(const struct ask *a, uint64_t document) {
-    for (size_t i = 0; i < a->found->n; i++)
-        if (a->found->hits[i].document == document) return &a->found->hits[i];
+    for (size_t i = 0; i < a->asked->found->n; i++)
+        if (a->asked->found->hits[i].document == document) return &a->asked->found->hits[i];
     return NULL;
 }
 
@@ -57,11 +51,12 @@ static json_t *citations_json(const struct ask *a, const ibid_answer_event *ev) 
 
 static json_t *blocks_json(const struct ask *a) {
     json_t *list = json_array();
-    for (size_t i = 0; i < a->found->n; i++)
-        (void)json_array_append_new(list, json_pack("{s:o,s:I,s:f}", "document",
-                                                    ibidi_json_str(a->found->hits[i].id), "chunk",
-                                                    (json_int_t)a->found->hits[i].chunk, "score",
-                                                    a->found->hits[i].score));
+    for (size_t i = 0; i < a->asked->found->n; i++)
+        (void)json_array_append_new(list,
+                                    json_pack("{s:o,s:I,s:f}", "document",
+                                              ibidi_json_str(a->asked->found->hits[i].id), "chunk",
+                                              (json_int_t)a->asked->found->hits[i].chunk, "score",
+                                              a->asked->found->hits[i].score));
     return list;
 }
 
@@ -85,15 +80,15 @@ static json_t *answer_json(const struct ask *a, const ibid_answer_event *ev) {
                   "completion_tokens", (json_int_t)ev->completion_tokens, "kv_bytes_read",
                   (json_int_t)ev->kv_bytes_read, "kv_bytes_from_disk",
                   (json_int_t)ev->kv_bytes_from_disk));
-    (void)json_object_set_new(
-        j, "plan",
-        json_pack("{s:I,s:f}", "blocks", (json_int_t)a->found->n, "recompute", ev->recompute));
+    (void)json_object_set_new(j, "plan",
+                              json_pack("{s:I,s:f}", "blocks", (json_int_t)a->asked->found->n,
+                                        "recompute", ev->recompute));
     (void)json_object_set_new(j, "finish", ev->finish ? json_string(ev->finish) : json_null());
     (void)json_object_set_new(
         j, "timings_ms",
-        json_pack("{s:f,s:f,s:f,s:f}", "retrieve", a->retrieve_ms, "first_token",
-                  found ? a->retrieve_ms + ev->first_token_ms : 0.0, "disk_wait", ev->kv_wait_ms,
-                  "total", ibid_ms_since(a->start_ns)));
+        json_pack("{s:f,s:f,s:f,s:f}", "retrieve", a->asked->retrieve_ms, "first_token",
+                  found ? a->asked->retrieve_ms + ev->first_token_ms : 0.0, "disk_wait",
+                  ev->kv_wait_ms, "total", ibid_ms_since(a->asked->start_ns)));
     return j;
 }
 
@@ -133,49 +128,31 @@ static void print_answer(const struct ask *a, const ibid_answer_event *ev) {
     printf("\n%sretrieved in %.0f ms, first token after %.0f ms, %.1f s in all; %llu of %llu "
            "prompt tokens "
            "reused, %llu recomputed, %llu encoded now%s%s\n",
-           ibidi_dim(), a->retrieve_ms, a->retrieve_ms + ev->first_token_ms,
-           ibid_ms_since(a->start_ns) / 1000, (unsigned long long)ev->reused_tokens,
+           ibidi_dim(), a->asked->retrieve_ms, a->asked->retrieve_ms + ev->first_token_ms,
+           ibid_ms_since(a->asked->start_ns) / 1000, (unsigned long long)ev->reused_tokens,
            (unsigned long long)ev->prompt_tokens, (unsigned long long)ev->recomputed_tokens,
            (unsigned long long)ev->encoded_tokens, why_encoded(ev), ibidi_plain());
 }
 
-static bool on_event(void *arg, const ibid_answer_event *ev) {
+static bool on_event(void *arg, ibidi_asked *asked, const ibid_answer_event *ev) {
     struct ask *a = arg;
+    a->asked = asked;
     const ibid_opts *o = &a->cli->o;
     if (ev->kind == IBID_ANSWER_TOKEN && o->stream) {
         if (o->json)
             (void)ibidi_json_print(json_pack("{s:o}", "token", ibidi_json_str(ev->text)));
         else
             (void)fwrite(ev->text.s, 1, ev->text.n, stdout), (void)fflush(stdout);
-        a->streamed = true;
+        a->streamed = asked->shown = true;
     }
     if (ev->kind == IBID_ANSWER_DONE) {
         if (o->json)
             a->status = ibidi_json_print(answer_json(a, ev));
         else
             print_answer(a, ev);
-        a->wrote = true;
+        asked->shown = true;
     }
-    return !interrupted;
-}
-
-static ibid_err answer(struct ask *a, ibid_str text, const ibid_hash *model) {
-    const ibid_opts *o = &a->cli->o;
-    ibid_answer_block blocks[BLOCKS_MAX];
-    for (size_t i = 0; i < a->found->n; i++) {
-        const ibid_hit *h = &a->found->hits[i];
-        blocks[i] = (ibid_answer_block){h->document, h->chunk, h->block, h->score};
-    }
-    ibid_answer_request q = {.model = *model,
-                             .question = text,
-                             .blocks = blocks,
-                             .n_blocks = a->found->n,
-                             .recompute = a->recompute,
-                             .max_tokens = (uint32_t)o->max_tokens,
-                             .temperature = o->temperature,
-                             .top_p = o->top_p,
-                             .seed = o->seed};
-    return ibid_attn_answer(a->s->attention, &q, on_event, a);
+    return true;
 }
 
 static int not_found(struct ask *a) {
@@ -184,94 +161,46 @@ static int not_found(struct ask *a) {
         return wrote ? wrote : 1;
     }
     printf("The documents do not say: nothing in them is close enough to this question.\n");
-    if (a->found->n) {
+    if (a->asked->found->n) {
         printf("%sClosest: ", ibidi_dim());
-        ibidi_print_line(a->found->hits[0].title, 80);
-        printf(" (score %.3f). --always answers all the same.%s\n", a->found->hits[0].score,
+        ibidi_print_line(a->asked->found->hits[0].title, 80);
+        printf(" (score %.3f). --always answers all the same.%s\n", a->asked->found->hits[0].score,
                ibidi_plain());
     }
     return 1;
 }
 
-static ibid_err collection_model(ibid_service *s, const char *name, ibid_hash *model) {
-    ibid_snap *n = NULL;
-    ibid_collection c;
-    ibid_err e = ibidi_service_store(s);
-    if (!e) e = ibid_snap_begin(s->store, &n);
-    if (!e) e = ibid_snap_collection(n, ibidi_str(name), &c);
-    if (!e) *model = c.model;
-    ibid_snap_end(n);
-    return e;
-}
-
-/* One attempt: search, then answer. A room that went away, or a block that was replaced between the
- * two, is worth another attempt while nothing has been shown. */
-static ibid_err attempt(struct ask *a, ibid_str text) {
-    const ibid_opts *o = &a->cli->o;
-    ibid_filter filters[IBID_OPT_LIST_MAX];
-    ibid_hash model;
-    ibid_search_result found = {0};
-    ibid_search_request r = {.collection = ibidi_str(o->collection),
-                             .question = text,
-                             .chunks = true,
-                             .top = o->blocks ? o->blocks : BLOCKS_AUTO_MAX,
-                             .filters = filters,
-                             .n_filters = ibidi_filters(o, filters)};
-    uint64_t start = ibid_now_ns();
-    ibid_err e = collection_model(a->s, o->collection, &model);
-    if (!e) e = ibidi_search(a->s, &r, &found);
-    if (e) return e;
-    a->retrieve_ms = ibid_ms_since(start);
-    a->found = &found;
-    while (!o->blocks && found.n > 1 &&
-           found.hits[found.n - 1].score < close_call * found.hits[0].score)
-        found.n--;
-    if (found.n == 0 || (!found.relevant && !o->always)) {
-        a->status = not_found(a);
-        a->wrote = true;
-    } else {
-        e = answer(a, text, &model);
-    }
-    ibid_search_result_close(&found);
-    a->found = NULL;
-    return e;
+static void on_nothing(void *arg, ibidi_asked *asked) {
+    struct ask *a = arg;
+    a->asked = asked;
+    a->status = not_found(a);
 }
 
 static int ask_one(void *arg, ibid_str text, json_t *id) {
     struct ask *a = arg;
-    ibid_err e = IBID_OK;
-    uint64_t since = 0;
-    int replaced = 0;
+    ibidi_ask_calls calls = {on_event, on_nothing, a, &interrupted};
     a->id = id;
-    a->start_ns = ibid_now_ns();
-    a->streamed = a->wrote = false;
+    a->streamed = false;
     a->status = 0;
-    while (!interrupted) {
-        e = attempt(a, text);
-        bool again = e == IBID_NOTFOUND ? ++replaced < 4 : e == IBID_UNAVAIL || e == IBID_BUSY;
-        if (!again || a->streamed || a->wrote) break;
-        if (e != IBID_NOTFOUND && !ibidi_service_again(a->s, &since)) break;
-    }
-    if (interrupted && !e) e = ibid_fail(IBID_CANCELLED, "interrupted");
+    ibid_err e = ibidi_ask(a->s, &a->options, text, &calls);
+    a->asked = NULL;
     return e ? ibidi_report(a->cli, e) : a->status;
-}
-
-static ibid_err read_recompute(const char *text, double *out) {
-    *out = -1;
-    if (strcmp(text, "auto") == 0) return IBID_OK;
-    char *end = NULL;
-    *out = strtod(text, &end);
-    if (end != text && *end == '\0' && isfinite(*out) && *out >= 0 && *out <= 1) return IBID_OK;
-    return ibid_fail(IBID_INVAL, "--recompute: \"%s\" is neither auto nor a number from 0 to 1",
-                     text);
 }
 
 int ibidi_cmd_ask(ibid_cli *cli) {
     ibid_service s = {0};
+    ibid_filter filters[IBID_OPT_LIST_MAX];
     struct ask a = {.cli = cli, .s = &s};
-    ibid_err e = read_recompute(cli->o.recompute, &a.recompute);
-    if (!e && cli->o.blocks > BLOCKS_MAX)
-        e = ibid_fail(IBID_INVAL, "--blocks: at most %d", BLOCKS_MAX);
+    a.options = (ibidi_ask_options){.collection = cli->o.collection,
+                                    .filters = filters,
+                                    .n_filters = ibidi_filters(&cli->o, filters),
+                                    .blocks = cli->o.blocks,
+                                    .always = cli->o.always,
+                                    .max_tokens = (uint32_t)cli->o.max_tokens,
+                                    .temperature = cli->o.temperature,
+                                    .top_p = cli->o.top_p,
+                                    .seed = cli->o.seed};
+    ibid_err e = ibidi_read_recompute(cli->o.recompute, &a.options.recompute);
     if (!e && cli->o.max_tokens > UINT32_MAX)
         e = ibid_fail(IBID_INVAL, "--max-tokens is too large");
     if (!e) e = ibidi_service_open(&cli->o, true, &s);
