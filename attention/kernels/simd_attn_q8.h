@@ -8,8 +8,9 @@
  * relative to the tile's largest one, before they are rounded: so the values' bytes are used as
  * stored, four tokens to a lane. Weights get 16 bits, in two planes of 8 that each meet the values
  * once: one plane alone would lose the rest of the tile that holds the first token, whose weight is
- * huge and whose values are tiny. Where no few tokens hold the tile's weight (sum(e) of AQ_SPREAD
- * or more), one plane errs below what int8 values do, and the second is left out. Tiles whose best
+ * huge and whose values are tiny. Where the tile's best weight is at most 1 / AQ_SPREAD of all that
+ * the row has seen so far, this tile included, one plane errs below what int8 values do, and the
+ * second is left out. Tiles whose best
  * weight is below 2^-AQ_NOTHING of what the row has seen change nothing.
  *
  * state.sum adds the weights before their rounding, which errs to both sides alike.
@@ -523,7 +524,7 @@ INLINE void aq_attend_keys(const size_t VECS, size_t used, aq_group *g, aq_rows 
         }
         ibid_attn_state *st = &x->a->state[x->row0 + row];
         st->sum = st->sum * keep + w * total;
-        bool one = total >= AQ_SPREAD;
+        bool one = st->sum >= AQ_SPREAD * w;
         if (!one && low->n == AT_ROWS) { /* a row's high plane must come first: it scales acc */
             aq_flush(high, x, t);
             aq_flush(low, x, t);
