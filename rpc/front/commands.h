@@ -24,6 +24,7 @@ int ibidi_cmd_verify(ibid_cli *cli);
 int ibidi_cmd_reindex(ibid_cli *cli);
 int ibidi_cmd_model(ibid_cli *cli);
 int ibidi_cmd_kv_gate(ibid_cli *cli);
+int ibidi_cmd_eval(ibid_cli *cli);
 
 static inline ibid_str ibidi_str(const char *s) {
     return (ibid_str){s ? s : "", s ? __builtin_strlen(s) : 0};

@@ -38,6 +38,9 @@ const ibid_command ibidi_commands[] = {
     {"kv-gate", 1 << 15, "[MODEL]",
      "Measure what storing KV in each type costs a model; refuse a type that costs too much",
      "ibid kv-gate --text sample.txt", 0, 1, ibidi_cmd_kv_gate},
+    {"eval", 1 << 16, "retrieval | qa | find | long",
+     "Measure search, answers, find and long documents on test questions",
+     "ibid eval retrieval --squad dev.json --system keys,lexical,hybrid", 1, 1, ibidi_cmd_eval},
     {NULL, 0, NULL, NULL, NULL, 0, 0, NULL},
 };
 

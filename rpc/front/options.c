@@ -29,11 +29,12 @@ enum {
     MODEL = 1 << 13,
     VERSION = 1 << 14,
     KV_GATE = 1 << 15,
-    ANY = (1 << 16) - 1,
+    EVAL = 1 << 16,
+    ANY = (1 << 17) - 1,
     SERVICE = ANY & ~(DOWN | VERSION) /* those that may start it */
 };
 
-enum kind { FLAG, TEXT, SIZE, REAL, LIST_OF };
+enum kind { FLAG, TEXT, SIZE, REAL, LIST_OF, MANY_OF };
 
 typedef struct option_row {
     const char *name, *arg, *help;
@@ -63,10 +64,10 @@ static const option_row rows[] = {
     {"map-size", "BYTES", "address space of the store (default: 1T)", SIZE, SERVICE, AT(map_size)},
     {"log-level", "LEVEL", "error, warn, info or debug", TEXT, SERVICE, AT(log_level)},
     {"collection", "C", "which collection (default: default)", TEXT,
-     INDEX | SEARCH | ASK | FIND | LIST | SHOW | RM | REINDEX, AT(collection)},
+     INDEX | SEARCH | ASK | FIND | LIST | SHOW | RM | REINDEX | EVAL, AT(collection)},
     {"model", "M",
      "name or fingerprint of the model (default: the collection's, or the first added)", TEXT,
-     INDEX | FIND | MODEL | KV_GATE, AT(model)},
+     INDEX | FIND | MODEL | KV_GATE | EVAL, AT(model)},
     {"prune", NULL, "remove documents whose file is gone from the given paths", FLAG, INDEX,
      AT(prune)},
     {"resume", NULL, "finish interrupted and paused jobs", FLAG, INDEX, AT(resume)},
@@ -80,8 +81,8 @@ static const option_row rows[] = {
     {"chunks", NULL, "several chunks of one document", FLAG, SEARCH, AT(chunks)},
     {"keys-only", NULL, "rank by token keys alone", FLAG, SEARCH, AT(keys_only)},
     {"lexical-only", NULL, "rank by words alone", FLAG, SEARCH, AT(lexical_only)},
-    {"queries", "FILE", "JSON lines with id and text; one result line each", TEXT, SEARCH | ASK,
-     AT(queries)},
+    {"queries", "FILE", "JSON lines with id and text; one result line each", TEXT,
+     SEARCH | ASK | EVAL, AT(queries)},
     {"blocks", "N",
      "how many blocks the answer reads (default: the best, and what scores nearly as well)", SIZE,
      ASK, AT(blocks)},
@@ -94,7 +95,10 @@ static const option_row rows[] = {
     {"top-p", "P", "sample from the likeliest tokens that make up P", REAL, ASK, AT(top_p)},
     {"seed", "N", "seed of sampling", SIZE, ASK, AT(seed)},
     {"exact-only", NULL, "no semantic matches", FLAG, FIND, AT(exact_only)},
-    {"min-score", "S", "weakest semantic match shown (default: calibrated)", REAL, FIND,
+    {"fast", NULL, "rank without the model's pass over names", FLAG, FIND, AT(fast)},
+    {"explain", NULL, "with --json: all names of the document, scores and features", FLAG, FIND,
+     AT(explain)},
+    {"min-score", "S", "weakest semantic match shown (default: calibrated)", REAL, FIND | EVAL,
      AT(min_score)},
     {"context", "N", "bytes of text shown around a match (default: 60)", SIZE, FIND, AT(context)},
     {"range", "S:E", "only these bytes of the text", TEXT, SHOW, AT(range)},
@@ -108,6 +112,24 @@ static const option_row rows[] = {
     {"kv-type", "TYPE", "store KV as f32, f16 or q8_0 (default: q8_0 where it fits)", TEXT, MODEL,
      AT(kv_type)},
     {"text", "FILE", "measure on this text instead of the installed one", TEXT, KV_GATE, AT(text)},
+    {"corpus", "FILE", "BEIR documents: lines with _id, title, text", TEXT, EVAL, AT(corpus)},
+    {"qrels", "FILE", "BEIR judgements: query-id, corpus-id, score, parted by tabs", TEXT, EVAL,
+     AT(qrels)},
+    {"squad", "FILE", "questions and paragraphs in SQuAD layout", TEXT, EVAL, AT(squad)},
+    {"ktrlf", "FILE", "questions and documents in KTRL+F layout", TEXT, EVAL, AT(ktrlf)},
+    {"book", "FILE", "free text that needles are put in (may be repeated: read on in the next)",
+     MANY_OF, EVAL, AT(books)},
+    {"lengths", "N,N,...", "tokens of the book (default: 100000)", TEXT, EVAL, AT(lengths)},
+    {"needles", "FILE", "other needles than the built-in ones", TEXT, EVAL, AT(needles)},
+    {"system", "S", "keys, lexical, hybrid (default: all; may be repeated, or a list with commas)",
+     MANY_OF, EVAL, AT(systems)},
+    {"plan", "OPTIONS", "auto, or ask options as in blocks=3,recompute=0.15 (may be repeated)",
+     MANY_OF, EVAL, AT(plans)},
+    {"folds", "K", "also print the measures of K parts, by a hash of the question's id", SIZE, EVAL,
+     AT(folds)},
+    {"limit", "N", "only N questions, evenly spaced", SIZE, EVAL, AT(limit)},
+    {"out", "FILE", "write one JSON line a question", TEXT, EVAL, AT(out)},
+    {"svg", "FILE", "draw the grid of lengths and depths", TEXT, EVAL, AT(svg)},
 };
 enum { N_ROWS = sizeof rows / sizeof *rows };
 
@@ -157,6 +179,14 @@ static ibid_err set_option(ibid_opts *o, const option_row *r, const char *text, 
             return ibid_fail(IBID_INVAL, "%s%s: \"%s\" is not KEY=VALUE", where, r->name, text);
         o->filters[o->n_filters++] = text;
         return IBID_OK;
+    case MANY_OF: {
+        ibid_many *m = field;
+        if (m->n == IBID_OPT_LIST_MAX)
+            return ibid_fail(IBID_INVAL, "%s%s: at most %d of them", where, r->name,
+                             IBID_OPT_LIST_MAX);
+        m->v[m->n++] = text;
+        return IBID_OK;
+    }
     }
     return IBID_INTERNAL;
 }

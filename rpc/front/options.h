@@ -12,6 +12,11 @@
 
 enum { IBID_OPT_LIST_MAX = 16 };
 
+typedef struct ibid_many { /* an option that may be repeated */
+    const char *v[IBID_OPT_LIST_MAX];
+    size_t n;
+} ibid_many;
+
 typedef struct ibid_opts {
     /* everywhere */
     const char *data, *config, *color, *log_level;
@@ -28,10 +33,14 @@ typedef struct ibid_opts {
     const char *recompute; /* a number in [0,1], or "auto" */
     const char *filters[IBID_OPT_LIST_MAX];
     size_t n_filters;
-    bool chunks, stream, always, exact_only, keys_only, lexical_only;
+    bool chunks, stream, always, exact_only, fast, explain, keys_only, lexical_only;
     /* index, jobs */
     bool prune, resume, force, dry_run, detach;
     const char *pause_job, *resume_job, *cancel_job;
+    /* eval */
+    const char *corpus, *qrels, *squad, *ktrlf, *lengths, *needles, *svg, *out;
+    ibid_many systems, plans, books;
+    uint64_t folds, limit;
 } ibid_opts;
 
 typedef struct ibid_cli {
