@@ -55,12 +55,15 @@ static ibid_err still_wanted(const job *j) {
 static ibid_err derive_keys(ibidi_loaded *m, ibid_snap *s, const ibid_block *b,
                             const ibid_calibration *cal, int8_t **keys) {
     ibid_kv_view *views = ibid_calloc(m->model->n_layers, sizeof *views);
-    int8_t *out = ibid_alloc(b->n_tokens * cal->n_heads * cal->head_dim);
+    int8_t *out = ibid_alloc(b->n_tokens * cal->dim);
     ibid_err e = views && out ? IBID_OK : ibid_fail(IBID_NOMEM, "no memory for token keys");
-    for (size_t h = 0; !e && h < cal->n_heads; h++)
-        e = cal->heads[h].layer < m->model->n_layers
-                ? ibid_snap_kv(s, b->number, cal->heads[h].layer, &views[cal->heads[h].layer])
-                : ibid_fail(IBID_MISMATCH, "the calibration is another model's");
+    for (size_t h = 0; !e && h < cal->map->n_inputs; h++) {
+        size_t layer = cal->map->inputs[h].layer;
+        if (layer >= m->model->n_layers)
+            e = ibid_fail(IBID_MISMATCH, "the calibration is another model's");
+        else if (!views[layer].k) /* inputs share layers */
+            e = ibid_snap_kv(s, b->number, layer, &views[layer]);
+    }
     if (!e) e = ibid_keys_from_stored(&m->reader, views, cal, out);
     ibid_free(views);
     if (e)
@@ -72,7 +75,7 @@ static ibid_err derive_keys(ibidi_loaded *m, ibid_snap *s, const ibid_block *b,
 
 static bool keys_current(ibid_snap *s, uint64_t block, const ibid_calibration *cal) {
     ibid_keys k;
-    if (cal->n_heads == 0) return true;
+    if (!cal->map) return true;
     return !ibid_snap_keys(s, block, &k) && ibid_hash_cmp(&k.calibration, &cal->id) == 0;
 }
 
@@ -88,7 +91,7 @@ static ibid_err look_up(job *j, size_t i, ibid_snap *s) {
         if (e == IBID_NOTFOUND || e == IBID_CORRUPT) return IBID_OK; /* encode it again */
         if (!e)
             e = ibid_kvc_keys_put(j->r->kvstore, &j->cal.id, found.number, keys, b->n_tokens,
-                                  (size_t)j->cal.n_heads * j->cal.head_dim);
+                                  j->cal.dim);
         ibid_free(keys);
         if (e) return e;
     }
@@ -135,7 +138,7 @@ static ibid_err send(job *j, const ibid_reading *t, const size_t *which, size_t 
                                    .values = t[i].kv.values,
                                    .calibration = cal->id,
                                    .keys = t[i].keys,
-                                   .keys_dim = t[i].keys ? (size_t)cal->n_heads * cal->head_dim : 0,
+                                   .keys_dim = t[i].keys ? cal->dim : 0,
                                    .job = j->id};
     }
     if (!e) e = ibid_kvc_blocks_put(j->r->kvstore, puts, n, numbers);
@@ -291,7 +294,7 @@ static ibid_err note_stale(void *arg, const ibid_block *b) {
 static ibid_err rekey_batch(ibidi_room *r, const rekey *k, const uint64_t *blocks, size_t n) {
     ibid_snap *s = NULL;
     ibid_block b;
-    size_t dim = (size_t)k->cal->n_heads * k->cal->head_dim, n_puts = 0;
+    size_t dim = k->cal->dim, n_puts = 0;
     ibid_block_put puts[REKEY_BATCH];
     ibid_reading t[REKEY_BATCH];
     uint64_t numbers[REKEY_BATCH];
@@ -333,8 +336,8 @@ ibid_err ibidi_rekey(ibidi_room *r, ibidi_loaded *m, uint64_t *n) {
     *n = 0;
     if (!cal) return ibid_fail(IBID_NOMEM, "out of memory");
     ibidi_model_calibration(m, cal);
-    ibid_err e = cal->n_heads ? ibid_snap_begin(r->store, &k.snap) : IBID_OK;
-    if (!e && cal->n_heads) e = ibid_snap_each_block(k.snap, note_stale, &k);
+    ibid_err e = cal->map ? ibid_snap_begin(r->store, &k.snap) : IBID_OK;
+    if (!e && cal->map) e = ibid_snap_each_block(k.snap, note_stale, &k);
     ibid_snap_end(k.snap);
     for (size_t i = 0; !e && i < k.n; i += REKEY_BATCH) {
         size_t count = k.n - i < REKEY_BATCH ? k.n - i : REKEY_BATCH;

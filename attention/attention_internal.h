@@ -37,7 +37,9 @@ typedef struct ibidi_loaded {
     ibid_load_meter meter;
     pthread_mutex_t lock; /* of what follows */
     bool calibrated;
-    ibid_calibration cal; /* n_heads 0: no retrieval head, or not calibrated */
+    ibid_calibration cal; /* dim 0: no retrieval head, or not calibrated */
+    ibid_keymap **retired; /* [n_retired] of earlier calibrations, while copies may be in use */
+    size_t n_retired;
     ibidi_gates gates;
     uint64_t encoded_tokens, reused_tokens, answers, completion_tokens;
 } ibidi_loaded;
@@ -75,7 +77,7 @@ ibid_err ibidi_model_add(ibidi_room *r, const ibidi_adding *a, ibidi_loaded **ou
 ibid_err ibidi_model_save(ibidi_room *r, ibidi_loaded *m);
 ibid_err ibidi_model_calibrate(ibidi_room *r, ibidi_loaded *m, ibid_str sample, ibid_buf *report);
 void ibidi_models_close(ibidi_room *r);
-/* A copy of the current calibration. */
+/* A copy of the current calibration; its map stays valid while the model is loaded. */
 void ibidi_model_calibration(ibidi_loaded *m, ibid_calibration *out);
 
 /* ---- attention_gate.c ---- */

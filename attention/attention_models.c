@@ -12,6 +12,7 @@
 
 /* The first model that was added is the default one: its fingerprint in hex stands in this file. */
 #define DEFAULT_FILE "default-model"
+enum { CALIBRATION_MAX = 8 * 1024 * 1024 };
 
 void ibidi_model_calibration(ibidi_loaded *m, ibid_calibration *out) {
     (void)pthread_mutex_lock(&m->lock);
@@ -24,6 +25,9 @@ static void loaded_close(ibidi_loaded *m) {
     ibid_engine_close(m->engine);
     ibid_model_close(m->model);
     ibid_kv_blob_fini(&m->prefix_kv);
+    ibid_keymap_close(m->cal.map);
+    for (size_t i = 0; i < m->n_retired; i++) ibid_keymap_close(m->retired[i]);
+    ibid_free(m->retired);
     ibid_free(m->prefix_tokens);
     ibid_free(m->name);
     ibid_free(m->path);
@@ -136,7 +140,7 @@ static void make_reader(ibidi_loaded *m, ibid_kv_type type, size_t n_prefix) {
 ibid_err ibidi_model_save(ibidi_room *r, ibidi_loaded *m) {
     ibid_buf cal, gates;
     ibid_err e = IBID_OK;
-    ibid_buf_init(&cal, 1024 * 1024);
+    ibid_buf_init(&cal, CALIBRATION_MAX);
     ibid_buf_init(&gates, 65536);
     if (m->calibrated) e = ibid_calibration_encode(&m->cal, &cal);
     (void)pthread_mutex_lock(&m->lock);
@@ -443,21 +447,34 @@ done:
 
 /* ---- Calibration ---- */
 
+/* Takes over what cal owns. Who holds a copy of the old calibration goes on with its map, so that
+ * one is kept until the model is closed. */
+static ibid_err adopt_calibration(ibidi_loaded *m, ibid_calibration *cal) {
+    (void)pthread_mutex_lock(&m->lock);
+    ibid_keymap **more = ibid_realloc(m->retired, (m->n_retired + 1) * sizeof *more);
+    if (more) {
+        m->retired = more;
+        if (m->cal.map) m->retired[m->n_retired++] = m->cal.map;
+        m->cal = *cal;
+        m->calibrated = true;
+        cal->map = NULL;
+    }
+    (void)pthread_mutex_unlock(&m->lock);
+    return more ? IBID_OK : ibid_fail(IBID_NOMEM, "no memory for a calibration");
+}
+
 ibid_err ibidi_model_calibrate(ibidi_room *r, ibidi_loaded *m, ibid_str sample, ibid_buf *report) {
     ibid_calibration *cal = ibid_calloc(1, sizeof *cal);
     ibid_buf encoding;
     uint64_t n = 0;
-    ibid_buf_init(&encoding, 1024 * 1024);
+    ibid_buf_init(&encoding, CALIBRATION_MAX);
     ibid_err e = cal ? IBID_OK : ibid_fail(IBID_NOMEM, "no memory for a calibration");
-    if (!e) e = ibid_calibrate(&m->reader, sample, &r->closing, cal, report);
+    if (!e) e = ibid_calibrate(&m->reader, sample, NULL, &r->closing, cal, report);
     if (!e) e = ibid_calibration_encode(cal, &encoding); /* sets its id */
     if (!e) {
         (void)pthread_mutex_lock(&r->load_lock);
-        (void)pthread_mutex_lock(&m->lock);
-        m->cal = *cal;
-        m->calibrated = true;
-        (void)pthread_mutex_unlock(&m->lock);
-        e = ibidi_model_save(r, m);
+        e = adopt_calibration(m, cal);
+        if (!e) e = ibidi_model_save(r, m);
         (void)pthread_mutex_unlock(&r->load_lock);
     }
     if (!e) e = ibidi_rekey(r, m, &n);
@@ -465,6 +482,7 @@ ibid_err ibidi_model_calibrate(ibidi_room *r, ibidi_loaded *m, ibid_str sample, 
         (void)ibid_buf_printf(report, "token keys derived for %llu blocks\n",
                               (unsigned long long)n);
     ibid_buf_fini(&encoding);
+    if (cal) ibid_calibration_fini(cal);
     ibid_free(cal);
     return e;
 }

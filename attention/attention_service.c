@@ -175,7 +175,7 @@ static ibid_err question_keys(ibidi_loaded *m, const ibid_calibration *cal, ibid
     if (reader.n_prefix + ids->n > m->model->n_ctx)
         return ibid_fail(IBID_CONTEXT, "the question has %zu tokens; %zu fit the model's context",
                          ids->n, m->model->n_ctx - reader.n_prefix);
-    *keys = ibid_alloc(ids->n * cal->n_heads * cal->head_dim + 1);
+    *keys = ibid_alloc(ids->n * cal->dim + 1);
     if (!*keys) return ibid_fail(IBID_NOMEM, "no memory for a question's keys");
     ibid_sched_question_begin(&m->sched);
     ibid_err e = ibid_read_question(&reader, ids->ids, ids->n, cal, *keys);
@@ -195,10 +195,9 @@ static ibid_err do_question_keys(void *room, const ibid_call *call) {
         e = question_keys(m, cal, &ids, &keys);
     }
     if (!e) {
-        size_t dim = (size_t)cal->n_heads * cal->head_dim;
-        ibid_enc_u64(call->reply, "dim", cal->n_heads ? dim : 0);
+        ibid_enc_u64(call->reply, "dim", cal->dim);
         ibidi_wire_ids_put(call->reply, "ids", ids.ids, ids.n);
-        ibid_enc_bin(call->reply, "keys", keys, cal->n_heads ? ids.n * dim : 0);
+        ibid_enc_bin(call->reply, "keys", keys, ids.n * cal->dim);
         ibid_enc_bin(call->reply, "calibration", cal->id.b, sizeof cal->id.b);
     }
     ibid_free(ids.ids);
@@ -231,6 +230,7 @@ static void put_status(ibid_enc *e, ibidi_loaded *m) {
     (void)pthread_mutex_lock(&m->lock);
     ibid_enc_bool(e, "calibrated", m->calibrated);
     ibid_enc_u64(e, "retrieval_heads", m->cal.n_heads);
+    ibid_enc_u64(e, "key_dim", m->cal.dim);
     ibid_enc_f64(e, "sample_recall1", m->cal.recall1);
     ibid_enc_u64(e, "encoded_tokens", m->encoded_tokens);
     ibid_enc_u64(e, "reused_tokens", m->reused_tokens);

@@ -175,8 +175,9 @@ bool ibidi_engine_calibration(ibid_snap *snap, const ibid_hash *model, ibid_cali
     if (ibid_snap_model(snap, model, &m) != IBID_OK || !m.calibration.n ||
         ibid_hash_cmp(&m.calibration_id, &none) == 0)
         return false;
-    return ibid_calibration_decode(m.calibration.s, m.calibration.n, out) == IBID_OK &&
-           out->n_heads > 0;
+    return ibid_calibration_decode_brief(m.calibration.s, m.calibration.n, &m.calibration_id,
+                                         out) == IBID_OK &&
+           out->dim > 0;
 }
 
 /* ---- The question ---- */

@@ -102,7 +102,8 @@ ibid_err ibidi_engine_repair(ibidi_retriever *r, ibidi_collection *c, ibid_snap 
 ibid_err ibidi_engine_score(ibidi_retriever *r, ibid_snap *snap, const ibidi_asking *q,
                             const uint64_t *blocks, size_t n, float *scores, size_t *scored);
 bool ibidi_engine_scans(const ibidi_retriever *r, const ibidi_collection *c);
-/* Calibration of a collection's model; false when it has none that can be used. */
+/* Calibration of a collection's model, in brief (no map); false when it has none that can be used.
+ */
 bool ibidi_engine_calibration(ibid_snap *snap, const ibid_hash *model, ibid_calibration *out);
 /* The key index file of a collection, made current (and kept in memory if it is searched with). */
 ibid_err ibidi_engine_keys(ibidi_retriever *r, ibidi_collection *c);

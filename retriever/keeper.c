@@ -154,7 +154,7 @@ ibid_err ibidi_engine_keys(ibidi_retriever *r, ibidi_collection *c) {
                  (calibrated && ibid_hash_cmp(&c->keys_calibration, &cal->id) != 0) ||
                  (!c->keys && !ibidi_engine_scans(r, c));
     w.scans = ibidi_engine_scans(r, c);
-    w.stamp = (ibidi_keyindex_stamp){c->generation, cal->id, (size_t)cal->n_heads * cal->head_dim};
+    w.stamp = (ibidi_keyindex_stamp){c->generation, cal->id, cal->dim};
     if (calibrated && stale && c->view.n) e = copy_blocks(&c->view, &w.view);
     pthread_rwlock_unlock(&c->lock);
     if (e || !calibrated || !stale || !w.view.n) goto done;

@@ -156,8 +156,7 @@ static ibid_err verify_keys(const verify *v) {
     if (!cal) return ibid_fail(IBID_NOMEM, "out of memory for a calibration");
     ibid_err e = IBID_NOTFOUND;
     if (ibidi_engine_calibration(v->snap, &v->c->model, cal)) {
-        ibidi_keyindex_stamp want = {v->c->generation, cal->id,
-                                     (size_t)cal->n_heads * cal->head_dim};
+        ibidi_keyindex_stamp want = {v->c->generation, cal->id, cal->dim};
         e = ibidi_keyindex_load(v->c->dir, &want, &v->r->o.keys, &x);
     }
     if (e == IBID_CORRUPT) fault(v, "%s", ibid_err_detail());

@@ -161,12 +161,12 @@ done:
 /* ---- Scoring ---- */
 
 /* Keys [n] of the chosen heads side by side, as f32; the caller frees. */
-static float *side_by_side(const ibid_cal_bank *b, const ibid_calibration *c, const uint16_t *keys,
-                           size_t n) {
-    size_t d = b->m->head_dim, dim = c->n_heads * d;
+static float *side_by_side(const ibid_cal_bank *b, const ibid_head *heads, size_t n_heads,
+                           const uint16_t *keys, size_t n) {
+    size_t d = b->m->head_dim, dim = n_heads * d;
     float *raw = ibid_alloc((n * dim + 1) * sizeof *raw);
-    for (size_t h = 0; raw && h < c->n_heads; h++) {
-        size_t head = c->heads[h].layer * b->m->n_kv_heads + c->heads[h].kv_head;
+    for (size_t h = 0; raw && h < n_heads; h++) {
+        size_t head = heads[h].layer * b->m->n_kv_heads + heads[h].kv_head;
         for (size_t t = 0; t < n; t++)
             b->kernels->kv_unpack(IBID_KV_F16, keys + (head * n + t) * d, NULL, d,
                                   raw + t * dim + h * d);
@@ -182,12 +182,11 @@ static void mean_of(const float *raw, size_t n, size_t dim, float *mean) {
     }
 }
 
-ibid_err ibid_cal_bank_means(const ibid_cal_bank *b, ibid_calibration *c) {
-    size_t dim = c->n_heads * b->m->head_dim, n = b->chunk0[b->set->n_chunks];
-    c->head_dim = (uint32_t)b->m->head_dim;
-    float *raw = side_by_side(b, c, b->chunk_keys, n);
+ibid_err ibid_cal_bank_means(const ibid_cal_bank *b, ibid_keymap *map) {
+    size_t n = b->chunk0[b->set->n_chunks];
+    float *raw = side_by_side(b, map->inputs, map->n_inputs, b->chunk_keys, n);
     if (!raw) return ibid_fail(IBID_NOMEM, "no memory for keys");
-    mean_of(raw, n, dim, c->mean);
+    mean_of(raw, n, ibid_keymap_input(map), map->mean);
     ibid_free(raw);
     return IBID_OK;
 }
@@ -259,30 +258,40 @@ static void judge(scorer *s, ibid_cal_score *out) {
     out->right_middle = (double)s->right[set->n_questions / 10];
 }
 
-ibid_err ibid_cal_bank_score(const ibid_cal_bank *b, const ibid_calibration *c,
-                             ibid_cal_score *out) {
-    size_t n = b->chunk0[b->set->n_chunks], nq = b->question0[b->set->n_questions], longest = 1;
-    scorer s = {.b = b, .dim = (size_t)c->n_heads * c->head_dim};
+static ibid_err bank_keys(const ibid_cal_bank *b, const ibid_keymap *map, bool question,
+                          int8_t **out) {
+    const ibid_cal_set *set = b->set;
+    size_t n = question ? b->question0[set->n_questions] : b->chunk0[set->n_chunks];
+    float *raw =
+        side_by_side(b, map->inputs, map->n_inputs, question ? b->question_keys : b->chunk_keys, n);
+    *out = ibid_alloc(n * ibid_keymap_dim(map) + 1);
+    ibid_err e = raw && *out ? ibid_token_keys(map, b->kernels, question, raw, n, *out)
+                             : ibid_fail(IBID_NOMEM, "no memory for token keys");
+    ibid_free(raw);
+    return e;
+}
+
+static bool fits(const ibid_cal_bank *b, const ibid_keymap *map) {
+    for (size_t i = 0; i < map->n_inputs; i++)
+        if (map->inputs[i].layer >= b->m->n_layers || map->inputs[i].kv_head >= b->m->n_kv_heads)
+            return false;
+    return map->head_dim == b->m->head_dim;
+}
+
+ibid_err ibid_cal_bank_score(const ibid_cal_bank *b, const ibid_keymap *map, ibid_cal_score *out) {
+    size_t longest = 1;
+    scorer s = {.b = b, .dim = ibid_keymap_dim(map)};
     memset(out, 0, sizeof *out);
+    if (!fits(b, map)) return ibid_fail(IBID_MISMATCH, "the retrieval head is another model's");
     for (size_t i = 0; i < b->set->n_chunks; i++)
         longest = b->set->chunks[i].n > longest ? b->set->chunks[i].n : longest;
-    float *raw = side_by_side(b, c, b->chunk_keys, n);
-    float *question = side_by_side(b, c, b->question_keys, nq);
-    s.chunks = ibid_alloc(n * s.dim + 1);
-    s.questions = ibid_alloc(nq * s.dim + 1);
     s.cut = ibid_alloc(longest * s.dim);
-    s.best = ibid_calloc(nq + 1, sizeof *s.best);
+    s.best = ibid_calloc(b->question0[b->set->n_questions] + 1, sizeof *s.best);
     s.right = ibid_calloc(b->set->n_questions + 1, sizeof *s.right);
-    ibid_err e = raw && question && s.chunks && s.questions && s.cut && s.best && s.right
-                     ? IBID_OK
-                     : ibid_fail(IBID_NOMEM, "no memory for token keys");
-    if (!e) {
-        ibid_token_keys(c, raw, n, s.chunks);
-        ibid_token_keys(c, question, nq, s.questions);
-        judge(&s, out);
-    }
-    ibid_free(raw);
-    ibid_free(question);
+    ibid_err e = s.cut && s.best && s.right ? bank_keys(b, map, false, &s.chunks)
+                                            : ibid_fail(IBID_NOMEM, "no memory for token keys");
+    if (!e) e = bank_keys(b, map, true, &s.questions);
+    if (!e) judge(&s, out);
     ibid_free(s.chunks);
     ibid_free(s.questions);
     ibid_free(s.cut);
@@ -293,13 +302,22 @@ ibid_err ibid_cal_bank_score(const ibid_cal_bank *b, const ibid_calibration *c,
 
 /* ---- Choosing ---- */
 
-static ibid_err try_heads(const ibid_cal_bank *b, ibid_calibration *c, ibid_cal_score *out) {
-    ibid_err e = ibid_cal_bank_means(b, c);
-    return e ? e : ibid_cal_bank_score(b, c, out);
+/* The map of some heads as they are; NULL map: only its score. */
+static ibid_err try_heads(const ibid_cal_bank *b, const ibid_head *heads, size_t n,
+                          ibid_cal_score *score, ibid_keymap **map) {
+    ibid_keymap *m = NULL;
+    ibid_err e = ibid_keymap_open_raw(heads, n, b->m->head_dim, &m);
+    if (!e) e = ibid_cal_bank_means(b, m);
+    if (!e) e = ibid_cal_bank_score(b, m, score);
+    if (!e && map)
+        *map = m;
+    else
+        ibid_keymap_close(m);
+    return e;
 }
 
-static bool taken(const ibid_calibration *c, size_t n, ibid_head h) {
-    for (size_t i = 0; i < n; i++)
+static bool taken(const ibid_calibration *c, ibid_head h) {
+    for (size_t i = 0; i < c->n_heads; i++)
         if (c->heads[i].layer == h.layer && c->heads[i].kv_head == h.kv_head) return true;
     return false;
 }
@@ -321,16 +339,16 @@ static ibid_err add_partners(const ibid_cal_bank *b, const ranked *all, ibid_cal
                              ibid_cal_score *score) {
     enum { PARTNERS = 16 };
     size_t n_partners = b->n_heads < PARTNERS ? b->n_heads : PARTNERS;
-    ibid_calibration *t = ibid_calloc(1, sizeof *t);
-    ibid_err e = t ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory");
+    ibid_head heads[HEADS_TAKEN_MAX];
+    ibid_err e = IBID_OK;
     while (!e && c->n_heads < HEADS_TAKEN_MAX) {
         ibid_cal_score best = *score, s;
-        size_t who = SIZE_MAX;
+        size_t who = SIZE_MAX, n = c->n_heads;
+        memcpy(heads, c->heads, n * sizeof *heads);
         for (size_t i = 0; !e && i < n_partners; i++) {
-            if (taken(c, c->n_heads, all[i].head)) continue;
-            *t = *c;
-            t->heads[t->n_heads++] = all[i].head;
-            e = try_heads(b, t, &s);
+            if (taken(c, all[i].head)) continue;
+            heads[n] = all[i].head;
+            e = try_heads(b, heads, n + 1, &s, NULL);
             if (!e && s.mrr > best.mrr) {
                 best = s;
                 who = i;
@@ -340,31 +358,30 @@ static ibid_err add_partners(const ibid_cal_bank *b, const ranked *all, ibid_cal
         c->heads[c->n_heads++] = all[who].head;
         *score = best;
     }
-    ibid_free(t);
     return e;
 }
 
 static void tell(ibid_buf *report, const ibid_cal_bank *b, const ranked *all,
-                 const ibid_calibration *c, double ms) {
+                 const ibid_calibration *c) {
     if (!report) return;
-    (void)ibid_buf_printf(report, "sample: %zu chunks of %zu tokens, %zu questions, %.1f s\n",
-                          b->set->n_chunks, b->chunk0[b->set->n_chunks], b->set->n_questions,
-                          ms / 1000);
     (void)ibid_buf_puts(report, "  layer  head  recall@1    MRR  margin\n");
     for (size_t i = 0; i < b->n_heads && i < 10; i++)
         (void)ibid_buf_printf(report, "  %5u %5u     %.3f  %.3f   %+.3f%s\n", all[i].head.layer,
                               all[i].head.kv_head, all[i].score.recall1, all[i].score.mrr,
-                              all[i].score.margin,
-                              taken(c, c->n_heads, all[i].head) ? "  taken" : "");
-    if (c->n_heads)
-        (void)ibid_buf_printf(report,
-                              "taken: %u head%s, recall@1 %.3f; a best hit below %.3f is not "
-                              "relevant (unrelated text scores %.3f +- %.3f)\n",
-                              c->n_heads, c->n_heads > 1 ? "s" : "", (double)c->recall1,
-                              (double)c->relevant, (double)c->null_mean, (double)c->null_sd);
-    else
+                              all[i].score.margin, taken(c, all[i].head) ? "  taken" : "");
+    if (!c->n_heads)
         (void)ibid_buf_puts(report,
                             "no head finds text by its keys: search will be by words only\n");
+}
+
+static void tell_taken(ibid_buf *report, const ibid_calibration *c, const char *what,
+                       const ibid_cal_score *s) {
+    if (!report) return;
+    (void)ibid_buf_printf(report,
+                          "%s: %u numbers a token, recall@1 %.3f, MRR %.3f; a best hit below %.3f "
+                          "is not relevant (unrelated text scores %.3f +- %.3f)\n",
+                          what, (unsigned)ibid_keymap_dim(c->map), s->recall1, s->mrr,
+                          (double)c->relevant, (double)c->null_mean, (double)c->null_sd);
 }
 
 static void set_thresholds(ibid_calibration *c, const ibid_cal_score *s) {
@@ -379,43 +396,73 @@ static void set_thresholds(ibid_calibration *c, const ibid_cal_score *s) {
     c->find = (float)(s->null_mean + 0.5 * s->null_sd);
 }
 
-static ibid_err choose(const ibid_cal_bank *b, ibid_calibration *c, ibid_buf *report,
-                       uint64_t start_ns) {
+/* Ranks all heads and takes the best ones: c->heads, and the map of them as they are. A model
+ * without a useful head gets none. */
+static ibid_err choose(const ibid_cal_bank *b, ibid_calibration *c, ibid_cal_score *score,
+                       ibid_buf *report) {
     ranked *all = ibid_calloc(b->n_heads, sizeof *all);
-    ibid_cal_score score;
     ibid_err e = all ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory");
     for (size_t h = 0; !e && h < b->n_heads; h++) {
         all[h].head =
             (ibid_head){(uint32_t)(h / b->m->n_kv_heads), (uint32_t)(h % b->m->n_kv_heads)};
-        c->n_heads = 1;
-        c->heads[0] = all[h].head;
-        e = try_heads(b, c, &all[h].score);
+        e = try_heads(b, &all[h].head, 1, &all[h].score, NULL);
     }
     if (e) goto done;
     qsort(all, b->n_heads, sizeof *all, by_mrr);
-    c->heads[0] = all[0].head;
-    score = all[0].score;
-    if (score.mrr < floor_mrr) {
-        memset(c, 0, sizeof *c);
-        c->head_dim = (uint32_t)b->m->head_dim;
-    } else {
-        e = add_partners(b, all, c, &score);
-        if (!e) e = ibid_cal_bank_means(b, c);
-        set_thresholds(c, &score);
+    if (all[0].score.mrr >= floor_mrr) {
+        c->heads[0] = all[0].head;
+        c->n_heads = 1;
+        *score = all[0].score;
+        e = add_partners(b, all, c, score);
+        if (!e) e = try_heads(b, c->heads, c->n_heads, score, &c->map);
     }
-    if (!e) tell(report, b, all, c, ibid_ms_since(start_ns));
+    if (!e) tell(report, b, all, c);
 done:
     ibid_free(all);
     return e;
 }
 
-ibid_err ibid_calibrate(const ibid_reader *r, ibid_str sample, const atomic_bool *cancel,
-                        ibid_calibration *out, ibid_buf *report) {
+/* A head that was trained for the model takes the place of the raw ones. */
+static ibid_err take_known(const ibid_cal_bank *b, const ibid_calibration *known,
+                           ibid_calibration *c, ibid_cal_score *score) {
+    ibid_keymap *map = NULL;
+    ibid_err e = ibid_cal_bank_score(b, known->map, score);
+    if (!e) e = ibid_keymap_copy(known->map, &map);
+    if (e) return e;
+    ibid_keymap_close(c->map);
+    c->map = map;
+    c->keys_weight = known->keys_weight;
+    memcpy(c->note, known->note, sizeof c->note);
+    return IBID_OK;
+}
+
+static ibid_err calibrate(const ibid_cal_bank *b, const ibid_calibration *known,
+                          ibid_calibration *c, ibid_buf *report) {
+    ibid_cal_score score = {0};
+    ibid_err e = choose(b, c, &score, report);
+    if (!e && c->map) {
+        set_thresholds(c, &score);
+        tell_taken(report, c, "raw heads", &score);
+    }
+    if (!e && known && known->map) {
+        e = take_known(b, known, c, &score);
+        if (e) return e;
+        set_thresholds(c, &score);
+        tell_taken(report, c, "trained head", &score);
+    }
+    return e;
+}
+
+ibid_err ibid_calibrate(const ibid_reader *r, ibid_str sample, const ibid_calibration *known,
+                        const atomic_bool *cancel, ibid_calibration *out, ibid_buf *report) {
     uint64_t start = ibid_now_ns();
     ibid_cal_sample s = {0};
     ibid_cal_bank *b = NULL;
     memset(out, 0, sizeof *out);
+    out->head_dim = (uint32_t)r->model->head_dim;
+    out->keys_weight = 0.5f;
     if (r->model->head_dim > IBID_HEAD_DIM_MAX || r->model->head_dim % 32) {
+        out->head_dim = 0;
         if (report)
             (void)ibid_buf_puts(report,
                                 "this head size gives no token keys: search by words only\n");
@@ -428,8 +475,13 @@ ibid_err ibid_calibrate(const ibid_reader *r, ibid_str sample, const atomic_bool
         e = ibid_fail(IBID_INVAL, "the sample gives %zu chunks; %d are needed: use a longer text",
                       s.set.n_chunks, CHUNKS_MIN);
     if (!e) e = ibid_cal_bank_open(r, &s.set, cancel, &b);
-    if (!e) e = choose(b, out, report, start);
+    if (!e) e = calibrate(b, known, out, report);
+    if (!e && report)
+        (void)ibid_buf_printf(report, "sample: %zu chunks of %zu tokens, %zu questions, %.1f s\n",
+                              s.set.n_chunks, b->chunk0[s.set.n_chunks], s.set.n_questions,
+                              ibid_ms_since(start) / 1000);
     ibid_cal_bank_close(b);
     ibid_cal_sample_close(&s);
+    if (e) ibid_calibration_fini(out);
     return e;
 }

@@ -23,11 +23,13 @@
 #include "attention/plan/encode.h"
 #include "kvstore/kvstore.h"
 
-/* sample: s NULL = the text built into the program. report (may be NULL): a table for a person.
- * A model without a useful head gives n_heads 0, which is no error. Errors: INVAL (a sample too
- * short to judge: under 16 chunks), NOMEM, CANCELLED. */
-ibid_err ibid_calibrate(const ibid_reader *r, ibid_str sample, const atomic_bool *cancel,
-                        ibid_calibration *out, ibid_buf *report);
+/* sample: s NULL = the text built into the program. known: a calibration whose map is to be used
+ * (a trained one) instead of the heads that are found, or NULL; thresholds come from the sample all
+ * the same. report (may be NULL): a table for a person. A model without a useful head gives no map,
+ * which is no error. End *out with ibid_calibration_fini. Errors: INVAL (a sample too short to
+ * judge: under 16 chunks), MISMATCH (known is of another model), NOMEM, CANCELLED. */
+ibid_err ibid_calibrate(const ibid_reader *r, ibid_str sample, const ibid_calibration *known,
+                        const atomic_bool *cancel, ibid_calibration *out, ibid_buf *report);
 
 /* ---- Its parts, for measuring on other questions ---- */
 
@@ -56,10 +58,10 @@ typedef struct ibid_cal_bank ibid_cal_bank;
 ibid_err ibid_cal_bank_open(const ibid_reader *r, const ibid_cal_set *set,
                             const atomic_bool *cancel, ibid_cal_bank **out);
 void ibid_cal_bank_close(ibid_cal_bank *b);
-/* Sets c's mean from the set's chunks for the heads in it, and scores these heads. */
-ibid_err ibid_cal_bank_means(const ibid_cal_bank *b, ibid_calibration *c);
-ibid_err ibid_cal_bank_score(const ibid_cal_bank *b, const ibid_calibration *c,
-                             ibid_cal_score *out);
+/* Sets the map's mean from the set's chunks. */
+ibid_err ibid_cal_bank_means(const ibid_cal_bank *b, ibid_keymap *map);
+/* How well the map's token keys find the right chunk. Errors: MISMATCH. */
+ibid_err ibid_cal_bank_score(const ibid_cal_bank *b, const ibid_keymap *map, ibid_cal_score *out);
 
 /* A sample as chunks and pseudo-questions, in memory of its own. */
 typedef struct ibid_cal_sample {

@@ -172,30 +172,23 @@ done:
     return e;
 }
 
-static size_t layers_for_keys(const ibid_calibration *cal) {
-    size_t last = 0;
-    for (size_t h = 0; h < cal->n_heads; h++)
-        last = cal->heads[h].layer + 1 > last ? cal->heads[h].layer + 1 : last;
-    return last;
-}
-
-/* Each head's raw keys, side by side. one: room for [n, head_dim]. */
+/* Each input's raw keys, side by side. one: room for [n, head_dim]. */
 static void beside(const float *one, size_t n, size_t d, size_t head, size_t dim, float *raw) {
     for (size_t i = 0; i < n; i++) memcpy(raw + i * dim + head * d, one + i * d, d * sizeof *one);
 }
 
-/* Token keys from rows of a sequence or, where s is NULL, from stored K. */
-static ibid_err take_keys(const ibid_reader *r, const ibid_seq *s, const ibid_kv_view *layers,
-                          size_t n, const ibid_calibration *cal, int8_t *out) {
-    size_t d = cal->head_dim, dim = cal->n_heads * d;
+/* Raw keys of a map's inputs from rows of a sequence or, where s is NULL, from stored K. raw
+ * [n, D], then room for [n, head_dim]. */
+static ibid_err take_raw(const ibid_reader *r, const ibid_seq *s, const ibid_kv_view *layers,
+                         size_t n, const ibid_keymap *map, float *raw) {
+    size_t d = map->head_dim, dim = ibid_keymap_input(map);
+    float *one = raw + n * dim;
     ibid_err e = IBID_OK;
     if (d != r->model->head_dim)
         return ibid_fail(IBID_MISMATCH, "the calibration is another model's: run "
                                         "`ibid model calibrate`");
-    float *raw = ibid_alloc((n * dim + n * d) * sizeof *raw), *one = raw ? raw + n * dim : NULL;
-    if (!raw) return ibid_fail(IBID_NOMEM, "no memory for the keys of %zu tokens", n);
-    for (size_t h = 0; !e && h < cal->n_heads; h++) {
-        const ibid_head *at = &cal->heads[h];
+    for (size_t h = 0; !e && h < map->n_inputs; h++) {
+        const ibid_head *at = &map->inputs[h];
         if (at->layer >= r->model->n_layers || at->kv_head >= r->model->n_kv_heads) {
             e = ibid_fail(IBID_MISMATCH, "the calibration names layer %u, head %u", at->layer,
                           at->kv_head);
@@ -206,7 +199,16 @@ static ibid_err take_keys(const ibid_reader *r, const ibid_seq *s, const ibid_kv
                                         one);
         if (!e) beside(one, n, d, h, dim, raw);
     }
-    if (!e) ibid_token_keys(cal, raw, n, out);
+    return e;
+}
+
+/* Token keys: of a question, or of a text. */
+static ibid_err take_keys(const ibid_reader *r, const ibid_seq *s, const ibid_kv_view *layers,
+                          size_t n, const ibid_keymap *map, bool question, int8_t *out) {
+    float *raw = ibid_alloc(n * (ibid_keymap_input(map) + map->head_dim) * sizeof *raw);
+    if (!raw) return ibid_fail(IBID_NOMEM, "no memory for the keys of %zu tokens", n);
+    ibid_err e = take_raw(r, s, layers, n, map, raw);
+    if (!e) e = ibid_token_keys(map, NULL, question, raw, n, out);
     ibid_free(raw);
     return e;
 }
@@ -215,22 +217,22 @@ ibid_err ibid_read_some(const ibid_reader *r, ibid_reading *t, size_t n, size_t 
                         const ibid_calibration *cal, const atomic_bool *cancel) {
     ibid_seq *seqs[IBID_ENCODE_STEP];
     size_t first = *done, count = 0, rows = 0;
-    bool keys = cal && cal->n_heads;
+    const ibid_keymap *map = cal ? cal->map : NULL;
     while (first + count < n && count < IBID_ENCODE_STEP &&
            (count == 0 || rows + t[first + count].n <= IBID_ENCODE_STEP))
         rows += t[first + count++].n;
-    if (count == 0 || (!want_kv && !keys)) {
+    if (count == 0 || (!want_kv && !map)) {
         *done = n;
         return IBID_OK;
     }
     t += first;
-    ibid_err e = ibidi_read_batch(r, t, count, want_kv ? 0 : layers_for_keys(cal), cancel, seqs);
+    ibid_err e = ibidi_read_batch(r, t, count, want_kv ? 0 : ibid_keymap_layers(map), cancel, seqs);
     if (e) return e;
     for (size_t i = 0; !e && i < count; i++) {
         if (want_kv) e = ibid_kv_blob_export(r->model, seqs[i], 0, t[i].n, 0, r->kv_type, &t[i].kv);
-        if (e || !keys) continue;
-        t[i].keys = ibid_alloc(t[i].n * cal->n_heads * cal->head_dim);
-        e = t[i].keys ? take_keys(r, seqs[i], NULL, t[i].n, cal, t[i].keys)
+        if (e || !map) continue;
+        t[i].keys = ibid_alloc(t[i].n * ibid_keymap_dim(map));
+        e = t[i].keys ? take_keys(r, seqs[i], NULL, t[i].n, map, false, t[i].keys)
                       : ibid_fail(IBID_NOMEM, "no memory for token keys");
     }
     for (size_t i = 0; i < count; i++) ibid_seq_close(seqs[i]);
@@ -242,14 +244,15 @@ ibid_err ibid_read_question(const ibid_reader *r, const int32_t *tokens, size_t 
                             const ibid_calibration *cal, int8_t *out) {
     ibid_seq *s = NULL;
     ibid_reading t = {.tokens = tokens, .n = n};
-    if (n == 0 || cal->n_heads == 0) return IBID_OK;
-    ibid_err e = ibidi_read_batch(r, &t, 1, layers_for_keys(cal), NULL, &s);
-    if (!e) e = take_keys(r, s, NULL, n, cal, out);
+    if (n == 0 || !cal->map) return IBID_OK;
+    ibid_err e = ibidi_read_batch(r, &t, 1, ibid_keymap_layers(cal->map), NULL, &s);
+    if (!e) e = take_keys(r, s, NULL, n, cal->map, true, out);
     ibid_seq_close(s);
     return e;
 }
 
 ibid_err ibid_keys_from_stored(const ibid_reader *r, const ibid_kv_view *layers,
                                const ibid_calibration *cal, int8_t *out) {
-    return take_keys(r, NULL, layers, layers[cal->heads[0].layer].n_tokens, cal, out);
+    const ibid_keymap *map = cal->map;
+    return take_keys(r, NULL, layers, layers[map->inputs[0].layer].n_tokens, map, false, out);
 }

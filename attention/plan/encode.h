@@ -51,14 +51,14 @@ typedef struct ibid_reading { /* one text; the caller sets tokens and n, and fre
 
 /* Encodes texts in micro-batches of about IBID_ENCODE_STEP tokens, *done of them so far, so that a
  * caller may store what is there before it goes on: call again until *done == n. want_kv: fill kv.
- * cal with a head: fill keys. Errors: INVAL (unknown token), CONTEXT, NOMEM, CANCELLED. */
+ * cal with a map: fill keys. Errors: INVAL (unknown token), CONTEXT, NOMEM, CANCELLED. */
 ibid_err ibid_read_some(const ibid_reader *r, ibid_reading *t, size_t n, size_t *done, bool want_kv,
                         const ibid_calibration *cal, const atomic_bool *cancel);
 /* Keys of a question: [n, dim] int8 into out. */
 ibid_err ibid_read_question(const ibid_reader *r, const int32_t *tokens, size_t n,
                             const ibid_calibration *cal, int8_t *out);
-/* Token keys of a block from its stored K. layers [n_layers of the model], those of the heads
- * filled. out [n_tokens, dim] */
+/* Token keys of a block from its stored K. layers [n_layers of the model], those of the map's
+ * inputs filled. cal has a map. out [n_tokens, dim] */
 ibid_err ibid_keys_from_stored(const ibid_reader *r, const ibid_kv_view *layers,
                                const ibid_calibration *cal, int8_t *out);
 

@@ -137,38 +137,41 @@ static void print_score(const char *what, const ibid_cal_score *s) {
 }
 
 static void heads(ready *x, data *d) {
-    ibid_calibration *c = ibid_calloc(1, sizeof *c), *t = ibid_calloc(1, sizeof *t);
+    ibid_calibration *c = ibid_calloc(1, sizeof *c);
+    ibid_keymap *t = NULL;
     ibid_cal_bank *b = NULL;
     ibid_cal_score s;
     ibid_buf report;
     char name[64];
     uint64_t start = ibid_now_ns();
     ibid_buf_init(&report, 1 << 20);
-    CHECK(ibid_calibrate(&x->r, (ibid_str){NULL, 0}, NULL, c, &report));
+    CHECK(ibid_calibrate(&x->r, (ibid_str){NULL, 0}, NULL, NULL, c, &report));
     (void)printf("%scalibrated in %.1f s\n", report.data, ibid_ms_since(start) / 1000);
     ibid_cal_set set = {d->chunks, d->n_chunks, d->questions, d->n_questions};
     CHECK(ibid_cal_bank_open(&x->r, &set, NULL, &b));
-    if (c->n_heads) {
-        CHECK(ibid_cal_bank_score(b, c, &s));
+    if (c->map) {
+        CHECK(ibid_cal_bank_score(b, c->map, &s));
         print_score("calibrated, sample's means", &s);
         (void)printf("relevant %.3f find %.3f\n", (double)c->relevant, (double)c->find);
-        *t = *c;
+        CHECK(ibid_keymap_copy(c->map, &t));
         CHECK(ibid_cal_bank_means(b, t));
         CHECK(ibid_cal_bank_score(b, t, &s));
         print_score("this file's means", &s);
+        ibid_keymap_close(t);
     }
     for (size_t h = 0; h < x->m->n_layers * x->m->n_kv_heads; h++) {
-        t->n_heads = 1;
-        t->heads[0] =
-            (ibid_head){(uint32_t)(h / x->m->n_kv_heads), (uint32_t)(h % x->m->n_kv_heads)};
+        ibid_head at = {(uint32_t)(h / x->m->n_kv_heads), (uint32_t)(h % x->m->n_kv_heads)};
+        CHECK(ibid_keymap_open_raw(&at, 1, x->m->head_dim, &t));
         CHECK(ibid_cal_bank_means(b, t));
         CHECK(ibid_cal_bank_score(b, t, &s));
+        ibid_keymap_close(t);
         if (s.recall1 < 0.9) continue;
-        (void)snprintf(name, sizeof name, "layer %u head %u", t->heads[0].layer,
-                       t->heads[0].kv_head);
+        (void)snprintf(name, sizeof name, "layer %u head %u", at.layer, at.kv_head);
         print_score(name, &s);
     }
     ibid_cal_bank_close(b);
+    ibid_calibration_fini(c);
+    ibid_free(c);
 }
 
 /* ---- Answers ---- */

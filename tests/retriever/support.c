@@ -158,9 +158,11 @@ void t_calibrate(t_store *t, float version, float relevant, float find) {
     ibid_calibration *c = ibid_calloc(1, sizeof *c);
     ibid_buf b;
     ibid_buf_init(&b, 1 << 20);
-    c->n_heads = 1;
+    ibid_head head = {0, 0};
+    assert_ok(ibid_keymap_open_raw(&head, 1, T_DIM, &c->map));
     c->head_dim = T_DIM;
-    c->mean[0] = version;
+    c->keys_weight = 0.5f;
+    c->map->mean[0] = version;
     c->relevant = relevant;
     c->find = find;
     assert_ok(ibid_calibration_encode(c, &b));
@@ -184,6 +186,7 @@ void t_calibrate(t_store *t, float version, float relevant, float find) {
                            .calibration_id = c->id};
     assert_ok(ibid_store_model_put(t->s, &m));
     ibid_buf_fini(&b);
+    ibid_calibration_fini(c);
     ibid_free(c);
 }
 
