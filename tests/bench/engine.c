@@ -17,7 +17,10 @@
  *   memory           peak and present size of this process
  *   model            work and bytes of the model, for shares of what the machine can do
  *
- * Stored KV is filled with small numbers: timing does not depend on them. */
+ * "decode" and "blocks" read KV filled with small numbers. "stored" reads the KV of the text that
+ * the program comes with, each 200 tokens encoded alone behind the prefix, once: how much
+ * arithmetic attention takes depends on how sharp it is. */
+#include "attention/plan/calibration_run.h"
 #include "attention/plan/recompute.h"
 #include "rpc/base/clock.h"
 #include "rpc/base/mem.h"
@@ -48,6 +51,8 @@ typedef struct bench {
     float *logits; /* [STREAMS_MAX, n_vocab] */
     ibid_seq *live;
     size_t n_live;
+    ibid_kv_blob prefix, *stored; /* [n_ctx / BLOCK_TOKENS], the first n_stored of them encoded */
+    size_t n_stored;
 } bench;
 
 /* One measurement. */
@@ -103,23 +108,45 @@ static void free_kv(ibid_kv_view *v) {
     ibid_free(v);
 }
 
-/* ---- The cases ---- */
-
-static void forward(const bench *b, ibid_seq *s, size_t from, size_t n, size_t n_logits) {
+/* n tokens of the text from `from` on, at positions from `at` on. */
+static void forward(const bench *b, ibid_seq *s, size_t from, size_t at, size_t n,
+                    size_t n_logits) {
     ibid_step step = {.seq = s,
-                      .tokens = b->tokens,
-                      .positions = b->positions + from,
+                      .tokens = b->tokens + from,
+                      .positions = b->positions + at,
                       .n = n,
                       .n_logits = n_logits,
                       .logits = b->logits};
     check(ibid_engine_forward(b->e, &step, 1, NULL));
 }
 
+/* The prefix, and one block after another until there are n. */
+static void encode_stored(bench *b, size_t n) {
+    ibid_seq *s = NULL;
+    if (!b->prefix.memory) {
+        check(ibid_seq_open(b->e, PREFIX, &s));
+        forward(b, s, 0, 0, PREFIX, 0);
+        check(ibid_kv_blob_export(b->m, s, 0, PREFIX, 0, IBID_KV_Q8_0, &b->prefix));
+        ibid_seq_close(s);
+    }
+    ibid_segment g = {.layers = b->prefix.layers};
+    for (; b->n_stored < n; b->n_stored++) {
+        check(ibid_seq_open(b->e, BLOCK_TOKENS, &s));
+        check(ibid_seq_add_segment(s, &g));
+        forward(b, s, PREFIX + b->n_stored * BLOCK_TOKENS, PREFIX, BLOCK_TOKENS, 0);
+        check(ibid_kv_blob_export(b->m, s, 0, BLOCK_TOKENS, 0, IBID_KV_Q8_0,
+                                  &b->stored[b->n_stored]));
+        ibid_seq_close(s);
+    }
+}
+
+/* ---- The cases ---- */
+
 static sample run_prefill(const bench *b, size_t n) {
     ibid_seq *s = NULL;
     check(ibid_seq_open(b->e, n, &s));
     uint64_t start = ibid_now_ns();
-    forward(b, s, 0, n, 1);
+    forward(b, s, 0, 0, n, 1);
     double ms = ibid_ms_since(start);
     ibid_seq_close(s);
     return (sample){"prefill", n, n, 0, ms};
@@ -156,13 +183,13 @@ static sample run_decode(const bench *b, size_t n, size_t k) {
 /* The sequence is kept for the next time. */
 static sample run_live(bench *b, size_t n) {
     if (!b->live) check(ibid_seq_open(b->e, n + STEPS + 1, &b->live));
-    if (b->n_live < n) forward(b, b->live, b->n_live, n - b->n_live, 1);
+    if (b->n_live < n) forward(b, b->live, b->n_live, b->n_live, n - b->n_live, 1);
     if (b->n_live < n) b->n_live = n;
     if (b->n_live > n) b->n_live = n;
     ibid_seq_truncate(b->live, n);
-    forward(b, b->live, n, 1, 1);
+    forward(b, b->live, n, n, 1, 1);
     uint64_t start = ibid_now_ns();
-    for (size_t t = 1; t <= STEPS; t++) forward(b, b->live, n + t, 1, 1);
+    for (size_t t = 1; t <= STEPS; t++) forward(b, b->live, n + t, n + t, 1, 1);
     double ms = ibid_ms_since(start);
     ibid_seq_truncate(b->live, n);
     return (sample){"live", n, STEPS, 0, ms};
@@ -188,22 +215,22 @@ static sample run_blocks(const bench *b) {
 }
 
 /* Time to first token: a question over stored blocks behind a prefix. */
-static sample run_stored(const bench *b, size_t n, double share) {
+static sample run_stored(bench *b, size_t n, double share) {
     size_t n_blocks = n / BLOCK_TOKENS;
-    ibid_kv_view *prefix = make_kv(b->m, PREFIX, IBID_KV_Q8_0);
-    ibid_segment g = {.layers = prefix};
     ibid_placed_block *blocks = need(n_blocks + 1, sizeof *blocks);
     ibid_asked a;
+    encode_stored(b, n_blocks);
+    ibid_segment g = {.layers = b->prefix.layers};
     for (size_t i = 0; i < n_blocks; i++) {
-        blocks[i] = (ibid_placed_block){.layers = make_kv(b->m, BLOCK_TOKENS, IBID_KV_Q8_0),
-                                        .tokens = b->tokens + i,
+        blocks[i] = (ibid_placed_block){.layers = b->stored[i].layers,
+                                        .tokens = b->tokens + PREFIX + i * BLOCK_TOKENS,
                                         .local0 = PREFIX,
                                         .offset = i * BLOCK_TOKENS};
     }
     ibid_question q = {.prefix = &g,
                        .blocks = blocks,
                        .n_blocks = n_blocks,
-                       .tokens = b->tokens,
+                       .tokens = b->tokens + b->m->n_ctx - ASK,
                        .n = ASK,
                        .share = share};
     uint64_t start = ibid_now_ns();
@@ -211,9 +238,7 @@ static sample run_stored(const bench *b, size_t n, double share) {
     double ms = ibid_ms_since(start);
     size_t rows = a.choice.n_rows + ASK;
     ibid_asked_close(&a);
-    for (size_t i = 0; i < n_blocks; i++) free_kv((ibid_kv_view *)(uintptr_t)blocks[i].layers);
     ibid_free(blocks);
-    free_kv(prefix);
     return (sample){"stored", n_blocks * BLOCK_TOKENS, rows, share, ms};
 }
 
@@ -375,6 +400,19 @@ static bool read_options(bench *b, int argc, char **argv) {
     return b->n_runs >= 1 && b->n_runs <= RUNS_MAX;
 }
 
+/* The program's sample text, again and again up to the context's length. */
+static void fill_text(bench *b) {
+    ibid_token *text = NULL;
+    size_t n = 0;
+    check(ibid_tokenize(b->m->tokenizer, (const char *)ibidi_sample_text, ibidi_sample_text_size,
+                        false, &text, &n));
+    for (size_t i = 0; i < b->m->n_ctx; i++) {
+        b->tokens[i] = text[i % n].id;
+        b->positions[i] = (uint32_t)i;
+    }
+    ibid_free(text);
+}
+
 int main(int argc, char **argv) {
     bench b = {.n_runs = 5};
     if (!read_options(&b, argc, argv)) {
@@ -390,16 +428,17 @@ int main(int argc, char **argv) {
     b.tokens = need(b.m->n_ctx, sizeof *b.tokens);
     b.positions = need(b.m->n_ctx, sizeof *b.positions);
     b.logits = need(STREAMS_MAX * b.m->n_vocab, sizeof *b.logits);
-    for (size_t i = 0; i < b.m->n_ctx; i++) {
-        b.tokens[i] = (int32_t)((i * 7919 + 1234) % b.m->n_vocab);
-        b.positions[i] = (uint32_t)i;
-    }
+    b.stored = need(b.m->n_ctx / BLOCK_TOKENS + 1, sizeof *b.stored);
+    fill_text(&b);
     int status = 0;
     if (b.serve)
         status = serve(&b);
     else
         run_all(&b);
     ibid_seq_close(b.live);
+    ibid_kv_blob_fini(&b.prefix);
+    for (size_t i = 0; i < b.n_stored; i++) ibid_kv_blob_fini(&b.stored[i]);
+    ibid_free(b.stored);
     ibid_free(b.tokens);
     ibid_free(b.positions);
     ibid_free(b.logits);
