@@ -1,5 +1,6 @@
 /* The room's models: opening them, their prefix, their record in the store, their calibration. */
 #include "attention/attention_internal.h"
+#include "attention/plan/head_known.h"
 #include "attention/tokenizer/template.h"
 
 #include <errno.h>
@@ -415,6 +416,18 @@ static ibid_err add_again(ibidi_room *r, ibidi_loaded *m, const char *path, cons
     return ibidi_model_save(r, m);
 }
 
+/* Whether the program has a trained head for the model that it does not use: one of raw heads, or
+ * of an earlier program. What a user has trained stays. */
+static bool outdated(ibidi_loaded *m) {
+    ibid_calibration known, now;
+    ibidi_model_calibration(m, &now);
+    if (now.map && now.map->out && !now.has_model) return false;
+    if (ibid_known_head(&m->model->fingerprint, &known)) return false;
+    bool other = ibid_hash_cmp(&known.id, &now.id) != 0;
+    ibid_calibration_fini(&known);
+    return other;
+}
+
 ibid_err ibidi_model_add(ibidi_room *r, const ibidi_adding *a, ibidi_loaded **out) {
     ibidi_loaded *m = NULL, *have = NULL;
     ibid_str path = a->path;
@@ -440,7 +453,8 @@ ibid_err ibidi_model_add(ibidi_room *r, const ibidi_adding *a, ibidi_loaded **ou
     have = m;
 done:
     (void)pthread_mutex_unlock(&r->load_lock);
-    if (!e && !have->calibrated) e = ibidi_model_calibrate(r, have, (ibid_str){NULL, 0}, NULL);
+    if (!e && (!have->calibrated || outdated(have)))
+        e = ibidi_model_calibrate(r, have, (ibid_str){NULL, 0}, NULL);
     if (!e) *out = have;
     return e;
 }
@@ -464,12 +478,14 @@ static ibid_err adopt_calibration(ibidi_loaded *m, ibid_calibration *cal) {
 }
 
 ibid_err ibidi_model_calibrate(ibidi_room *r, ibidi_loaded *m, ibid_str sample, ibid_buf *report) {
-    ibid_calibration *cal = ibid_calloc(1, sizeof *cal);
+    ibid_calibration *cal = ibid_calloc(1, sizeof *cal), known = {.map = NULL};
     ibid_buf encoding;
     uint64_t n = 0;
     ibid_buf_init(&encoding, CALIBRATION_MAX);
     ibid_err e = cal ? IBID_OK : ibid_fail(IBID_NOMEM, "no memory for a calibration");
-    if (!e) e = ibid_calibrate(&m->reader, sample, NULL, &r->closing, cal, report);
+    (void)ibid_known_head(&m->model->fingerprint, &known);
+    if (!e)
+        e = ibid_calibrate(&m->reader, sample, known.map ? &known : NULL, &r->closing, cal, report);
     if (!e) e = ibid_calibration_encode(cal, &encoding); /* sets its id */
     if (!e) {
         (void)pthread_mutex_lock(&r->load_lock);
@@ -482,6 +498,7 @@ ibid_err ibidi_model_calibrate(ibidi_room *r, ibidi_loaded *m, ibid_str sample, 
         (void)ibid_buf_printf(report, "token keys derived for %llu blocks\n",
                               (unsigned long long)n);
     ibid_buf_fini(&encoding);
+    ibid_calibration_fini(&known);
     if (cal) ibid_calibration_fini(cal);
     ibid_free(cal);
     return e;

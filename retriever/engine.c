@@ -32,6 +32,7 @@ ibid_err ibidi_retriever_open(const ibidi_retriever_opts *o, ibidi_retriever **o
     pthread_mutex_init(&r->pool_mu, NULL);
     pthread_mutex_init(&r->mu, NULL);
     pthread_condattr_t attr;
+    r->o.keys.kernels = r->kernels;
     pthread_condattr_init(&attr);
     pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
     pthread_cond_init(&r->wake, &attr);
@@ -159,12 +160,24 @@ bool ibidi_engine_scans(const ibidi_retriever *r, const ibidi_collection *c) {
     return c->view.tokens <= r->o.exact_tokens;
 }
 
-ibid_err ibidi_engine_score(ibidi_retriever *r, ibid_snap *snap, const ibidi_asking *q,
-                            const uint64_t *blocks, size_t n, float *scores, size_t *scored) {
+ibid_err ibidi_engine_score(ibidi_retriever *r, const ibidi_collection *c, ibid_snap *snap,
+                            const ibidi_asking *q, const uint64_t *blocks, size_t n, float *scores,
+                            size_t *scored) {
     if (n < POOL_TOKENS / 128 || ibid_pool_size(r->pool) == 1)
-        return ibidi_maxsim_blocks(r->kernels, NULL, snap, q, blocks, n, scores, scored);
+        return ibidi_maxsim_blocks(r->kernels, NULL, snap, c->keys, q, blocks, n, scores, scored);
     pthread_mutex_lock(&r->pool_mu);
-    ibid_err e = ibidi_maxsim_blocks(r->kernels, r->pool, snap, q, blocks, n, scores, scored);
+    ibid_err e =
+        ibidi_maxsim_blocks(r->kernels, r->pool, snap, c->keys, q, blocks, n, scores, scored);
+    pthread_mutex_unlock(&r->pool_mu);
+    return e;
+}
+
+ibid_err ibidi_engine_candidates(ibidi_retriever *r, const ibidi_collection *c,
+                                 const ibidi_asking *q, size_t probes, uint64_t *blocks, size_t max,
+                                 size_t *n, bool *all) {
+    pthread_mutex_lock(&r->pool_mu);
+    ibid_err e =
+        ibidi_keyindex_candidates(c->keys, r->kernels, r->pool, q, probes, blocks, max, n, all);
     pthread_mutex_unlock(&r->pool_mu);
     return e;
 }

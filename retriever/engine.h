@@ -23,7 +23,7 @@ typedef struct ibidi_retriever_opts {
     size_t threads;      /* 0 = cores */
     const char *kernels; /* "" or NULL = best */
     /* Token keys up to which a collection is scanned whole; 0 = 2M. Above, candidates come from the
-     * key index and the lexical index. */
+     * key index's cells and the lexical index. */
     uint64_t exact_tokens;
     ibidi_keyindex_opts keys;
     uint64_t quiet_ms; /* without a change before key index files are written; 0 = 3 s */
@@ -98,14 +98,19 @@ ibid_err ibidi_engine_current(ibidi_retriever *r, ibidi_collection *c, ibid_snap
 /* After CORRUPT from the lexical index under the read lock: gives up the lock, builds the index
  * again, takes the lock again, whatever came of it. */
 ibid_err ibidi_engine_repair(ibidi_retriever *r, ibidi_collection *c, ibid_snap *snap);
-/* Scores blocks, on the pool when there are enough to gain from it. */
-ibid_err ibidi_engine_score(ibidi_retriever *r, ibid_snap *snap, const ibidi_asking *q,
-                            const uint64_t *blocks, size_t n, float *scores, size_t *scored);
+/* Scores blocks of a collection, on the pool when there are enough to gain from it. */
+ibid_err ibidi_engine_score(ibidi_retriever *r, const ibidi_collection *c, ibid_snap *snap,
+                            const ibidi_asking *q, const uint64_t *blocks, size_t n, float *scores,
+                            size_t *scored);
+/* The candidates of a collection's key index (ibidi_keyindex_candidates), likewise. */
+ibid_err ibidi_engine_candidates(ibidi_retriever *r, const ibidi_collection *c,
+                                 const ibidi_asking *q, size_t probes, uint64_t *blocks, size_t max,
+                                 size_t *n, bool *all);
 bool ibidi_engine_scans(const ibidi_retriever *r, const ibidi_collection *c);
 /* Calibration of a collection's model, in brief (no map); false when it has none that can be used.
  */
 bool ibidi_engine_calibration(ibid_snap *snap, const ibid_hash *model, ibid_calibration *out);
-/* The key index file of a collection, made current (and kept in memory if it is searched with). */
+/* The key index of a collection: opened, or built aside and swapped in when it is worth it. */
 ibid_err ibidi_engine_keys(ibidi_retriever *r, ibidi_collection *c);
 ibid_err ibidi_engine_keeper_start(ibidi_retriever *r);
 void ibidi_engine_keeper_stop(ibidi_retriever *r);

@@ -183,8 +183,8 @@ static ibid_err open_room(const ibid_host_opts *o, void **out) {
         .threads = o->threads,
         .kernels = o->kernels,
         .exact_tokens = env_u64("IBID_EXACT_TOKENS"),
-        .keys.ivf_min = env_u64("IBID_IVF_TOKENS"),
-        .hooks = {r, question_keys, tokenize},
+        .keys.cells_min = env_u64("IBID_CELLS_TOKENS"),
+        .hooks = {r, question_keys, tokenize, likelihoods},
     };
     ibid_err e = ibid_bus_url(o->data_dir, "retriever", o->inproc, url);
     if (!e) e = ibid_bus_url(o->data_dir, "attention", o->inproc, attention);

@@ -63,6 +63,9 @@ ibid_err ibid_cal_bank_means(const ibid_cal_bank *b, ibid_keymap *map);
 /* How well the map's token keys find the right chunk. Errors: MISMATCH. */
 ibid_err ibid_cal_bank_score(const ibid_cal_bank *b, const ibid_keymap *map, ibid_cal_score *out);
 
+/* Mean reciprocal rank by words alone, IDF-weighted: what keys have to come up to. */
+ibid_err ibid_cal_words(const ibid_model *m, const ibid_cal_set *set, double *mrr);
+
 /* A sample as chunks and pseudo-questions, in memory of its own. */
 typedef struct ibid_cal_sample {
     ibid_cal_set set;

@@ -20,6 +20,9 @@ endforeach()
 ibid_test(attention.calibration
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_calibration.c
   LIBS ibid_calibration)
+ibid_test(attention.head_train
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_head_train.c
+  LIBS ibid_attention TIMEOUT 600)
 ibid_test(attention.citation
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_citation.c
   LIBS ibid_attention)
