@@ -155,9 +155,17 @@ static ibid_err view_refresh(ibidi_collection *c, ibid_snap *snap, uint64_t bloc
     usage u = {c, snap, false};
     ibid_err e = ibid_snap_each_use(snap, block, see_use, &u);
     if (e && e != IBID_EXISTS && e != IBID_NOTFOUND) return e;
-    if (u.used) return view_add(&c->view, snap, block);
-    ibidi_view_drop(&c->view, block);
-    return IBID_OK;
+    size_t at = ibidi_view_at(&c->view, block);
+    size_t n_tokens = at < c->view.n ? c->view.blocks[at].n_tokens : 0;
+    e = IBID_OK;
+    if (u.used)
+        e = view_add(&c->view, snap, block);
+    else
+        ibidi_view_drop(&c->view, block);
+    at = ibidi_view_at(&c->view, block);
+    bool alive = at < c->view.n;
+    if (alive) n_tokens = c->view.blocks[at].n_tokens;
+    return e || !c->keys ? e : ibidi_keyindex_follow(c->keys, block, n_tokens, alive);
 }
 
 /* ---- The lexical index ---- */
@@ -278,6 +286,7 @@ static ibid_err advance_view(ibidi_collection *c, ibid_snap *snap, uint64_t to, 
     if (e == IBID_NOTFOUND) {
         *moved = true;
         e = view_load(c, snap);
+        if (!e && c->keys) e = ibidi_keyindex_sync(c->keys, &c->view);
     }
     c->loaded = !e;
     if (!e) c->generation = to;
@@ -339,8 +348,6 @@ ibid_err ibidi_collection_forget(ibidi_collection *c) {
     ibidi_view_fini(&c->view);
     ibidi_keyindex_close(c->keys);
     c->keys = NULL;
-    c->keys_generation = 0;
-    c->keys_rows = 0;
     ibid_err e = lexical_open(c);
     return e ? e : ibidi_lexical_reset(c->lexical);
 }

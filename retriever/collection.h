@@ -7,8 +7,9 @@
 #ifndef IBID_RETRIEVER_COLLECTION_H
 #define IBID_RETRIEVER_COLLECTION_H
 
-#include "retriever/key_index_faiss.h"
+#include "retriever/key_index.h"
 #include "retriever/lexical_fts5.h"
+#include "retriever/maxsim.h"
 #include "retriever/view.h"
 
 #include <pthread.h>
@@ -26,12 +27,8 @@ typedef struct ibidi_collection {
     uint64_t changed;    /* the last generation that changed something here */
     ibidi_view view;
     ibidi_lexical *lexical;
-    ibidi_keyindex *keys;     /* in memory only while the collection is too large to be scanned */
-    uint64_t keys_generation; /* the key index file reflects what was true then; 0: none known */
-    uint64_t keys_rows;
-    ibid_hash keys_calibration;
-    char keys_kind[32];
-    uint64_t changed_ns; /* ibid_now_ns of the last change, for choosing a quiet moment */
+    ibidi_keyindex *keys; /* NULL: not opened yet, or too small a collection; follows the view */
+    uint64_t changed_ns;  /* ibid_now_ns of the last change, for choosing a quiet moment */
 } ibidi_collection;
 
 /* index_dir: the folder that holds one folder per collection; both are created. */

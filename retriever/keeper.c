@@ -12,7 +12,9 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { DEAD_SHARE = 5, EXTEND_SHARE = 2 }; /* of the rows: rebuild above 1/5 dead, 1/2 new */
+/* Built again when this share of its rows is dead or when so many tokens are not in it yet, which
+ * until then are searched exactly. */
+enum { DEAD_SHARE = 5, EXTRA_SHARE = 16, EXTRA_LEAST = 65536, MIN_ROWS = 32768 };
 
 /* ---- The key index ---- */
 
@@ -30,139 +32,95 @@ static ibid_err copy_blocks(const ibidi_view *v, ibidi_view *out) {
     return IBID_OK;
 }
 
-typedef struct keys_work {
-    ibidi_retriever *r;
-    ibidi_collection *c;
-    ibid_snap *snap;
-    ibidi_view view; /* copy */
-    ibidi_keyindex_stamp stamp;
-    bool scans;
-} keys_work;
-
-/* What of the view the index has not got, and what it has too much. */
-static void drift(const ibidi_keyindex *x, const ibidi_view *v, uint64_t *missing, uint64_t *dead) {
-    *missing = 0;
-    for (size_t i = 0; i < v->n; i++)
-        if (!ibidi_keyindex_has(x, v->blocks[i].block)) *missing += v->blocks[i].n_tokens;
-    *dead = ibidi_keyindex_dead_rows(x, v);
+static bool worn(const ibidi_retriever *r, const ibidi_keyindex *x) {
+    ibidi_keyindex_facts f = ibidi_keyindex_told(x);
+    uint64_t least = r->o.keys.extra_rows ? r->o.keys.extra_rows : EXTRA_LEAST;
+    return f.dead_rows * DEAD_SHARE > f.rows ||
+           (f.extra_rows > least && f.extra_rows * EXTRA_SHARE > f.rows);
 }
 
-static ibid_err build(keys_work *w, ibidi_keyindex **out) {
+static bool of_stamp(const ibidi_keyindex *x, const ibidi_keyindex_stamp *want) {
+    ibidi_keyindex_stamp s = ibidi_keyindex_told(x).stamp;
+    return s.dim == want->dim && ibid_hash_cmp(&s.calibration, &want->calibration) == 0;
+}
+
+static ibid_err build(ibidi_retriever *r, const ibidi_collection *c, ibid_snap *snap,
+                      const ibidi_keyindex_stamp *stamp, const ibidi_view *view,
+                      ibidi_keyindex **out) {
     uint64_t start = ibid_now_ns();
-    ibid_err e = ibidi_keyindex_build(&w->r->o.keys, &w->stamp, w->snap, &w->view, out);
-    if (!e)
-        ibid_log(IBID_LOG_INFO, "key index of %s built: %s, %" PRIu64 " rows, %.0f ms", w->c->name,
-                 ibidi_keyindex_kind(*out), ibidi_keyindex_rows(*out), ibid_ms_since(start));
-    return e;
-}
-
-/* From the file if it is sound and near enough, else anew. *write: the file must be written. */
-static ibid_err load_or_build(keys_work *w, ibidi_keyindex **out, bool *write) {
-    uint64_t missing, dead;
-    *write = false;
-    ibid_err e = ibidi_keyindex_load(w->c->dir, &w->stamp, &w->r->o.keys, out);
-    if (!e) {
-        drift(*out, &w->view, &missing, &dead);
-        if (!missing && !dead) return IBID_OK;
-        *write = true;
-        if (missing * EXTEND_SHARE < ibidi_keyindex_trained_rows(*out) &&
-            dead * DEAD_SHARE < ibidi_keyindex_rows(*out))
-            return ibidi_keyindex_extend(*out, w->snap, &w->view, w->stamp.generation);
-        ibidi_keyindex_close(*out);
-        *out = NULL;
-    } else if (e == IBID_CORRUPT || e == IBID_MISMATCH)
-        ibid_log(IBID_LOG_WARN, "key index of %s is thrown away and built again: %s", w->c->name,
-                 ibid_err_detail());
-    else if (e != IBID_NOTFOUND)
-        return e;
-    *write = true;
-    return build(w, out);
-}
-
-static void describe(ibidi_collection *c, const ibidi_keyindex *x) {
-    c->keys_rows = ibidi_keyindex_rows(x);
-    c->keys_calibration = ibidi_keyindex_stamped(x)->calibration;
-    snprintf(c->keys_kind, sizeof c->keys_kind, "%s", ibidi_keyindex_kind(x));
-}
-
-/* A collection that is scanned whole needs the file only for the day it grows: made and let go. */
-static ibid_err make_file(keys_work *w) {
-    ibidi_keyindex *x = NULL;
-    bool write;
-    ibid_err e = load_or_build(w, &x, &write);
-    if (!e && write) e = ibidi_keyindex_save(x, w->c->dir);
-    pthread_rwlock_wrlock(&w->c->lock);
-    if (!e) {
-        describe(w->c, x);
-        w->c->keys_generation = w->stamp.generation;
-    }
-    ibidi_keyindex_close(w->c->keys); /* it shrank: no longer searched with */
-    w->c->keys = NULL;
-    pthread_rwlock_unlock(&w->c->lock);
-    ibidi_keyindex_close(x);
-    return e;
-}
-
-/* The index a large collection is searched with: extended in place, or built aside and swapped. */
-static ibid_err refresh_resident(keys_work *w) {
-    ibidi_collection *c = w->c;
-    ibidi_keyindex *x = NULL;
-    uint64_t missing = 0, dead = 0;
-    bool write = true, usable = false;
-    ibid_err e = IBID_OK;
-    if (c->keys) { /* only this function replaces it, and `building` is held */
-        const ibidi_keyindex_stamp *s = ibidi_keyindex_stamped(c->keys);
-        drift(c->keys, &w->view, &missing, &dead);
-        usable = s->dim == w->stamp.dim &&
-                 ibid_hash_cmp(&s->calibration, &w->stamp.calibration) == 0 &&
-                 missing * EXTEND_SHARE < ibidi_keyindex_trained_rows(c->keys) &&
-                 dead * DEAD_SHARE < ibidi_keyindex_rows(c->keys);
-    }
-    if (!c->keys)
-        e = load_or_build(w, &x, &write);
-    else if (!usable)
-        e = build(w, &x);
+    ibid_err e = ibidi_keyindex_build(&r->o.keys, stamp, snap, view, c->dir, out);
     if (e) return e;
-    pthread_rwlock_wrlock(&c->lock);
-    if (x) {
-        ibidi_keyindex_close(c->keys);
-        c->keys = x;
-    } else
-        e = ibidi_keyindex_extend(c->keys, w->snap, &w->view, w->stamp.generation);
-    describe(c, c->keys);
-    pthread_rwlock_unlock(&c->lock);
-    pthread_rwlock_rdlock(&c->lock);
-    if (!e && write) e = ibidi_keyindex_save(c->keys, c->dir);
-    pthread_rwlock_unlock(&c->lock);
-    if (e) return e;
-    pthread_rwlock_wrlock(&c->lock);
-    c->keys_generation = w->stamp.generation;
-    pthread_rwlock_unlock(&c->lock);
+    ibidi_keyindex_facts f = ibidi_keyindex_told(*out);
+    ibid_log(IBID_LOG_INFO,
+             "key index of %s built: %" PRIu64 " tokens, %zu cells, %zu probes, %.0f ms", c->name,
+             f.rows, f.cells, f.probes, ibid_ms_since(start));
     return IBID_OK;
 }
 
+/* From the file if it is sound, else anew. */
+static ibid_err load_or_build(ibidi_retriever *r, const ibidi_collection *c, ibid_snap *snap,
+                              const ibidi_keyindex_stamp *stamp, const ibidi_view *view,
+                              ibidi_keyindex **out) {
+    ibid_err e = ibidi_keyindex_load(c->dir, stamp, out);
+    if (!e && !(e = ibidi_keyindex_sync(*out, view)) && !worn(r, *out)) return IBID_OK;
+    if (!e) {
+        ibidi_keyindex_close(*out);
+        *out = NULL;
+    } else if (e == IBID_CORRUPT || e == IBID_MISMATCH)
+        ibid_log(IBID_LOG_WARN, "key index of %s is thrown away and built again: %s", c->name,
+                 ibid_err_detail());
+    else if (e != IBID_NOTFOUND)
+        return e;
+    return build(r, c, snap, stamp, view, out);
+}
+
+/* Meanwhile blocks may have come and gone: the new index learns of them before anyone sees it. */
+static ibid_err swap(ibidi_collection *c, ibidi_keyindex *x) {
+    ibidi_keyindex *old = x;
+    pthread_rwlock_wrlock(&c->lock);
+    ibid_err e = x ? ibidi_keyindex_sync(x, &c->view) : IBID_OK;
+    if (!e) {
+        old = c->keys;
+        c->keys = x;
+    }
+    pthread_rwlock_unlock(&c->lock);
+    ibidi_keyindex_close(old);
+    return e;
+}
+
 ibid_err ibidi_engine_keys(ibidi_retriever *r, ibidi_collection *c) {
-    keys_work w = {.r = r, .c = c};
+    uint64_t least = r->o.keys.min_rows ? r->o.keys.min_rows : MIN_ROWS;
+    ibid_snap *snap = NULL;
+    ibidi_view view = {.n = 0}; /* copy */
+    ibidi_keyindex *x = NULL;
     ibid_calibration *cal = ibid_alloc(sizeof *cal);
     if (!cal) return ibid_fail(IBID_NOMEM, "out of memory for a calibration");
     pthread_mutex_lock(&c->building);
-    ibid_err e = ibidi_engine_snap(r, &w.snap);
-    if (!e) e = ibidi_engine_current(r, c, w.snap);
+    ibid_err e = ibidi_engine_snap(r, &snap);
+    if (!e) e = ibidi_engine_current(r, c, snap);
     if (e) goto done;
-    bool calibrated = ibidi_engine_calibration(w.snap, &c->model, cal);
-    bool stale = !c->keys_generation || c->keys_generation < c->changed ||
-                 (calibrated && ibid_hash_cmp(&c->keys_calibration, &cal->id) != 0) ||
-                 (!c->keys && !ibidi_engine_scans(r, c));
-    w.scans = ibidi_engine_scans(r, c);
-    w.stamp = (ibidi_keyindex_stamp){c->generation, cal->id, cal->dim};
-    if (calibrated && stale && c->view.n) e = copy_blocks(&c->view, &w.view);
+    bool calibrated = ibidi_engine_calibration(snap, &c->model, cal);
+    ibidi_keyindex_stamp stamp = {c->generation, cal->id, calibrated ? cal->dim : 0};
+    bool wanted = calibrated && c->view.tokens >= least;
+    bool stale = wanted && (!c->keys || !of_stamp(c->keys, &stamp) || worn(r, c->keys));
+    bool drop = !wanted && c->keys;
+    bool fresh = stale && c->keys; /* the file is the one that is worn */
+    if (stale) e = copy_blocks(&c->view, &view);
     pthread_rwlock_unlock(&c->lock);
-    if (e || !calibrated || !stale || !w.view.n) goto done;
-    if (!(e = ibid_snap_renew(w.snap))) e = w.scans ? make_file(&w) : refresh_resident(&w);
+    if (!e && drop) {
+        e = swap(c, NULL);
+        ibidi_keyindex_remove(c->dir);
+    }
+    if (e || !stale) goto done;
+    e = ibid_snap_renew(snap);
+    if (!e)
+        e = fresh ? build(r, c, snap, &stamp, &view, &x)
+                  : load_or_build(r, c, snap, &stamp, &view, &x);
+    if (!e) e = swap(c, x);
 done:
     pthread_mutex_unlock(&c->building);
-    ibidi_view_fini(&w.view);
-    if (w.snap) ibid_snap_end(w.snap);
+    ibidi_view_fini(&view);
+    if (snap) ibid_snap_end(snap);
     ibid_free(cal);
     return e;
 }

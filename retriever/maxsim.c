@@ -39,11 +39,18 @@ static void scan_part(void *arg, size_t part, size_t thread) {
 }
 
 /* A snapshot belongs to one thread, so the places are looked up first. */
-static ibid_err find_places(ibid_snap *snap, const ibidi_asking *q, const uint64_t *blocks,
-                            size_t n, place *places, size_t *scored) {
+static ibid_err find_places(ibid_snap *snap, const ibidi_keyindex *x, const ibidi_asking *q,
+                            const uint64_t *blocks, size_t n, place *places, size_t *scored) {
+    size_t hint = 0, n_tokens;
     *scored = 0;
     for (size_t i = 0; i < n; i++) {
         ibid_keys keys;
+        const int8_t *there = x ? ibidi_keyindex_keys(x, blocks[i], &hint, &n_tokens) : NULL;
+        if (there) {
+            places[i] = (place){there, n_tokens};
+            ++*scored;
+            continue;
+        }
         ibid_err e = ibid_snap_keys(snap, blocks[i], &keys);
         places[i] = (place){NULL, 0};
         if (e == IBID_NOTFOUND) continue;
@@ -57,15 +64,21 @@ static ibid_err find_places(ibid_snap *snap, const ibidi_asking *q, const uint64
     return IBID_OK;
 }
 
+static bool same_keys(const ibidi_keyindex *x, const ibidi_asking *q) {
+    ibidi_keyindex_stamp s = ibidi_keyindex_told(x).stamp;
+    return s.dim == q->dim && ibid_hash_cmp(&s.calibration, &q->calibration) == 0;
+}
+
 ibid_err ibidi_maxsim_blocks(const ibid_kernels *k, ibid_pool *pool, ibid_snap *snap,
-                             const ibidi_asking *q, const uint64_t *blocks, size_t n, float *scores,
-                             size_t *scored) {
+                             const ibidi_keyindex *x, const ibidi_asking *q, const uint64_t *blocks,
+                             size_t n, float *scores, size_t *scored) {
     size_t threads = pool ? ibid_pool_size(pool) : 1;
+    if (x && !same_keys(x, q)) x = NULL;
     if (q->dim == 0 || q->dim % 32 || !(q->sum > 0))
         return ibid_fail(IBID_INVAL, "token keys of %zu dimensions cannot be scored", q->dim);
     place *places = ibid_calloc(n, sizeof *places);
     int32_t *best = ibid_calloc(threads * q->n, sizeof *best);
-    ibid_err e = places && best ? find_places(snap, q, blocks, n, places, scored)
+    ibid_err e = places && best ? find_places(snap, x, q, blocks, n, places, scored)
                                 : ibid_fail(IBID_NOMEM, "out of memory for %zu blocks", n);
     if (!e) {
         scan s = {k, q, places, n, best, scores};

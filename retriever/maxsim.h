@@ -10,6 +10,7 @@
 #include "attention/kernels/kernels.h"
 #include "attention/kernels/pool.h"
 #include "kvstore/kvstore.h"
+#include "retriever/key_index.h"
 
 typedef struct ibidi_asking { /* a question's tokens; borrowed */
     const int32_t *ids;       /* [n] */
@@ -25,9 +26,10 @@ double ibidi_maxsim_keys(const ibid_kernels *k, const ibidi_asking *q, const int
                          size_t n_tokens, int32_t *best /* scratch [q->n] */);
 
 /* scores[i] of blocks[i]; NAN where the store has no keys of this calibration and dimension.
- * *scored counts the others. pool NULL: this thread only; else the caller holds the pool. Errors:
+ * *scored counts the others. x: where the collection's keys lie side by side, or NULL; what it
+ * lacks comes from the store. pool NULL: this thread only; else the caller holds the pool. Errors:
  * NOMEM, BUSY (renew the snapshot), CORRUPT. */
 ibid_err ibidi_maxsim_blocks(const ibid_kernels *k, ibid_pool *pool, ibid_snap *snap,
-                             const ibidi_asking *q, const uint64_t *blocks, size_t n, float *scores,
-                             size_t *scored);
+                             const ibidi_keyindex *x, const ibidi_asking *q, const uint64_t *blocks,
+                             size_t n, float *scores, size_t *scored);
 #endif

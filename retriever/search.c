@@ -13,9 +13,8 @@
 
 enum {
     TOP_MAX = 1000,
-    DEPTH = 200,          /* documents wanted of each search before fusion, besides 4 * top */
-    ROWS_PER_TOKEN = 512, /* nearest rows asked of the key index for a question token */
-    CANDIDATE_BLOCKS = 2000,
+    DEPTH = 200,             /* documents wanted of each search before fusion, besides 4 * top */
+    CANDIDATE_BLOCKS = 2000, /* asked of the key index's cells, to be scored exactly */
     CHUNKS_EACH = 8,
     QUESTION_MAX = 1 << 20
 };
@@ -323,7 +322,9 @@ static ibid_err score_blocks(gather *g, const uint64_t *blocks, size_t n, block_
     *n_out = 0;
     ibid_err e =
         scores && *out ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory for %zu blocks", n);
-    if (!e) e = ibidi_engine_score(g->r, g->snap, &g->question->asking, blocks, n, scores, &scored);
+    if (!e)
+        e = ibidi_engine_score(g->r, g->c, g->snap, &g->question->asking, blocks, n, scores,
+                               &scored);
     for (size_t i = 0; i < n && !e; i++)
         if (!isnan(scores[i])) (*out)[(*n_out)++] = (block_score){blocks[i], scores[i]};
     ibid_free(scores);
@@ -351,26 +352,23 @@ static int by_number(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* Candidate blocks: near tokens' blocks, those of the words' hits, and those the key index has not
- * got yet. */
-static ibid_err candidate_blocks(gather *g, size_t k, size_t max, uint64_t **out, size_t *n,
+/* Candidate blocks: those of near cells, of the words' hits, and those the key index has not got
+ * yet. */
+static ibid_err candidate_blocks(gather *g, size_t probes, size_t max, uint64_t **out, size_t *n,
                                  bool *all) {
-    const ibidi_view *v = &g->c->view;
+    ibidi_keyindex_facts f = ibidi_keyindex_told(g->c->keys);
     size_t near = 0;
-    uint64_t *b = ibid_alloc((max + g->n + v->n) * sizeof *b);
-    if (!b) return ibid_fail(IBID_NOMEM, "out of memory for %zu blocks", max + v->n);
+    uint64_t *b = ibid_alloc((max + g->n + f.n_extra) * sizeof *b);
+    if (!b) return ibid_fail(IBID_NOMEM, "out of memory for %zu blocks", max + f.n_extra);
     ibid_err e =
-        ibidi_keyindex_candidates(g->c->keys, &g->question->asking, v, k, b, max, &near, all);
+        ibidi_engine_candidates(g->r, g->c, &g->question->asking, probes, b, max, &near, all);
     size_t m = near;
     for (size_t i = 0; i < g->n && !e; i++) b[m++] = g->cands[i].block;
-    if (ibidi_keyindex_stamped(g->c->keys)->generation != g->c->generation)
-        for (size_t i = 0; i < v->n && !e; i++)
-            if (!ibidi_keyindex_has(g->c->keys, v->blocks[i].block)) b[m++] = v->blocks[i].block;
+    for (size_t i = 0; i < f.n_extra && !e; i++) b[m++] = f.extra[i];
     *n = 0;
     if (m) qsort(b, m, sizeof *b, by_number);
     for (size_t i = 0; i < m; i++)
         if (!*n || b[*n - 1] != b[i]) b[(*n)++] = b[i];
-    *all = *all && near < max;
     *out = b;
     return e;
 }
@@ -378,13 +376,13 @@ static ibid_err candidate_blocks(gather *g, size_t k, size_t max, uint64_t **out
 static ibid_err search_index(gather *g) {
     ibid_err e = IBID_OK;
     bool all = false;
-    size_t k = ROWS_PER_TOKEN, max = CANDIDATE_BLOCKS;
+    size_t probes = ibidi_keyindex_told(g->c->keys).probes, max = CANDIDATE_BLOCKS;
     for (int i = 0; i < 3 && !e && !all && !served(g, FROM_KEYS) && !enough(g, FROM_KEYS);
-         i++, k *= 4, max *= 4) {
+         i++, probes *= 4, max *= 4) {
         uint64_t *blocks = NULL;
         block_score *s = NULL;
         size_t n = 0, m = 0;
-        e = candidate_blocks(g, k, max, &blocks, &n, &all);
+        e = candidate_blocks(g, probes, max, &blocks, &n, &all);
         if (!e) e = score_blocks(g, blocks, n, &s, &m);
         if (!e) e = take_blocks(g, s, m);
         ibid_free(s);
@@ -396,13 +394,11 @@ static ibid_err search_index(gather *g) {
 }
 
 static ibid_err gather_keys(gather *g) {
-    const ibidi_collection *c = g->c;
-    if (ibidi_engine_scans(g->r, c) || !c->keys ||
-        ibid_hash_cmp(&ibidi_keyindex_stamped(c->keys)->calibration,
-                      &g->question->asking.calibration) != 0 ||
-        ibidi_keyindex_stamped(c->keys)->dim != g->question->asking.dim)
-        return scan_all(g);
-    return search_index(g);
+    ibidi_keyindex_facts f = {.cells = 0};
+    if (g->c->keys) f = ibidi_keyindex_told(g->c->keys);
+    bool usable = f.cells && f.stamp.dim == g->question->asking.dim &&
+                  ibid_hash_cmp(&f.stamp.calibration, &g->question->asking.calibration) == 0;
+    return usable && !ibidi_engine_scans(g->r, g->c) ? search_index(g) : scan_all(g);
 }
 
 /* ---- Hits ---- */

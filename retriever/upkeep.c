@@ -151,20 +151,22 @@ static ibid_err verify_view(const verify *v) {
 
 static ibid_err verify_keys(const verify *v) {
     ibidi_keyindex *x = NULL;
-    double mean = 0;
+    uint64_t differ = 0;
     ibid_calibration *cal = ibid_alloc(sizeof *cal);
     if (!cal) return ibid_fail(IBID_NOMEM, "out of memory for a calibration");
     ibid_err e = IBID_NOTFOUND;
     if (ibidi_engine_calibration(v->snap, &v->c->model, cal)) {
         ibidi_keyindex_stamp want = {v->c->generation, cal->id, cal->dim};
-        e = ibidi_keyindex_load(v->c->dir, &want, &v->r->o.keys, &x);
+        e = ibidi_keyindex_load(v->c->dir, &want, &x);
     }
     if (e == IBID_CORRUPT) fault(v, "%s", ibid_err_detail());
     if (!e) {
         uint64_t blocks = v->c->view.n / SAMPLE;
-        e = ibidi_keyindex_compare(x, v->snap, blocks ? (size_t)blocks : 1, &mean);
-        if (!e && mean > 0.01)
-            fault(v, "key index differs from the stored keys by %.3f on average", mean);
+        e = ibidi_keyindex_compare(x, v->snap, blocks ? (size_t)blocks : 1, &differ);
+        if (!e && differ)
+            fault(v,
+                  "key index differs from the stored keys in %" PRIu64 " of the blocks looked at",
+                  differ);
     }
     ibidi_keyindex_close(x);
     ibid_free(cal);
@@ -214,15 +216,19 @@ static void status_one(ibidi_retriever *r, ibidi_collection *c, ibid_enc *e) {
     ibid_enc_u64(e, "generation", c->generation);
     ibid_enc_u64(e, "blocks", c->view.n);
     ibid_enc_u64(e, "tokens", c->view.tokens);
-    ibid_enc_cstr(e, "search", ibidi_engine_scans(r, c) || !c->keys ? "scan" : "index");
+    ibidi_keyindex_facts keys = {.rows = 0};
+    if (c->keys) keys = ibidi_keyindex_told(c->keys);
+    ibid_enc_cstr(e, "search", ibidi_engine_scans(r, c) || !keys.cells ? "scan" : "index");
     if (c->lexical) {
         if (ibidi_lexical_rows(c->lexical, &rows) == IBID_OK) ibid_enc_u64(e, "lexical_rows", rows);
         ibid_enc_u64(e, "lexical_generation", ibidi_lexical_generation(c->lexical));
         ibid_enc_u64(e, "lexical_bytes", ibidi_lexical_bytes(c->lexical));
     }
-    ibid_enc_u64(e, "keys_generation", c->keys_generation);
-    ibid_enc_u64(e, "keys_rows", c->keys_rows);
-    ibid_enc_cstr(e, "keys_kind", c->keys_kind);
+    ibid_enc_u64(e, "keys_generation", keys.stamp.generation);
+    ibid_enc_u64(e, "keys_rows", keys.rows);
+    ibid_enc_u64(e, "keys_cells", keys.cells);
+    ibid_enc_u64(e, "keys_extra", keys.extra_rows);
+    ibid_enc_u64(e, "keys_dead", keys.dead_rows);
     ibid_enc_end(e);
     pthread_rwlock_unlock(&c->lock);
 }

@@ -1,6 +1,6 @@
 /* The key index's manifest and, over the same bytes, what splits and folds text. */
 #include "retriever/folded.h"
-#include "retriever/key_index_faiss.h"
+#include "retriever/key_index.h"
 #include "retriever/sentences.h"
 #include "retriever/words.h"
 
@@ -41,10 +41,8 @@ static void read_text(const uint8_t *data, size_t size) {
 /* The bytes as they are, and with the checksum made right, so that what lies behind it is reached.
  */
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    ibidi_keyindex_stamp stamp;
-    uint64_t rows, file_size, file_sum, sum;
-    ibidi_live *blocks = NULL;
-    size_t n = 0;
+    ibidi_manifest m;
+    uint64_t sum;
     uint8_t *copy = malloc(size + 1);
     if (!copy) return 0;
     memcpy(copy, data, size);
@@ -54,12 +52,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     }
     for (int i = 0; i < 2; i++) {
         const void *p = i ? copy : data;
-        if (ibidi_manifest_read(p, size, &stamp, &rows, &file_size, &file_sum, &blocks, &n) ==
-            IBID_OK) {
+        if (ibidi_manifest_read(p, size, &m) == IBID_OK) {
             uint64_t total = 0;
-            for (size_t j = 0; j < n; j++) total += blocks[j].n_tokens;
-            if (total != rows) abort();
-            ibid_free(blocks);
+            for (size_t j = 0; j < m.n_blocks; j++) {
+                total += m.blocks[j].n_tokens;
+                if (j && m.blocks[j].block <= m.blocks[j - 1].block) abort();
+            }
+            if (total != m.rows) abort();
+            ibid_free(m.blocks);
         }
     }
     read_text(data, size);

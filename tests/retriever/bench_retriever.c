@@ -63,7 +63,7 @@ static double searches(const t_store *t, size_t threads, uint64_t exact, bool ke
     double ms = 0;
     o.threads = threads;
     o.exact_tokens = exact;
-    o.keys.ivf_min = 500000;
+    o.keys.cells_min = 500000;
     uint64_t start = ibid_now_ns();
     assert_ok(ibidi_retriever_open(&o, &r));
     for (int i = -1; i < ROUNDS; i++) {

@@ -151,7 +151,7 @@ ibid_err t_question_keys(void *arg, const ibid_hash *model, ibid_str question,
     return IBID_OK;
 }
 
-const ibidi_retriever_hooks t_hooks = {NULL, t_question_keys, t_tokenize};
+const ibidi_retriever_hooks t_hooks = {.question_keys = t_question_keys, .tokenize = t_tokenize};
 
 /* ---- The store ---- */
 void t_calibrate(t_store *t, float version, float relevant, float find) {

@@ -230,7 +230,7 @@ static void test_degraded(void **state) {
     t_open(&t);
     basic(&t);
     ibidi_retriever_hooks hooks[] = {
-        {NULL, NULL, NULL}, {NULL, no_answer, NULL}, {NULL, no_head, NULL}};
+        {.arg = NULL}, {.question_keys = no_answer}, {.question_keys = no_head}};
     for (size_t i = 0; i < 4; i++) {
         ibidi_retriever_opts o = t_opts(&t);
         if (i < 3)
@@ -274,11 +274,12 @@ static void test_recalibrated(void **state) {
     basic(&t);
     ibidi_retriever_opts o = t_opts(&t);
     o.exact_tokens = 1;
+    o.keys = (ibidi_keyindex_opts){.min_rows = 1, .cells_min = 1, .cell_rows = 4};
     ibidi_retriever *r = open_r(&o);
     assert_ok(ibidi_retriever_settle(r));
     snprintf(dir, sizeof dir, "%s/index/1", t.dir);
     ibidi_keyindex_stamp old = {1000, t.calibration, T_DIM};
-    assert_ok(ibidi_keyindex_load(dir, &old, &o.keys, &x));
+    assert_ok(ibidi_keyindex_load(dir, &old, &x));
     ibidi_keyindex_close(x);
     t_calibrate(&t, 2, 0.5f, 0.6f);
     assert_ok(ibid_snap_begin(t.s, &snap));
@@ -293,9 +294,9 @@ static void test_recalibrated(void **state) {
         assert_ok(ibidi_retriever_settle(r));
     }
     ibidi_keyindex_stamp now = {1000, t.calibration, T_DIM};
-    assert_ok(ibidi_keyindex_load(dir, &now, &o.keys, &x));
+    assert_ok(ibidi_keyindex_load(dir, &now, &x));
     ibidi_keyindex_close(x);
-    assert_err(ibidi_keyindex_load(dir, &old, &o.keys, &x), IBID_MISMATCH);
+    assert_err(ibidi_keyindex_load(dir, &old, &x), IBID_MISMATCH);
     ibidi_retriever_close(r);
     t_close(&t);
 }
@@ -332,7 +333,7 @@ static void test_two_ways(void **state) {
     random_docs(&t, 400, &seed);
     ibidi_retriever_opts o = t_opts(&t), small = o;
     small.exact_tokens = 1;
-    small.keys = (ibidi_keyindex_opts){1000, 1000, 1};
+    small.keys = (ibidi_keyindex_opts){.min_rows = 1, .cells_min = 1000, .cell_rows = 32};
     ibidi_retriever *exact = open_r(&o);
     assert_ok(ibidi_retriever_settle(exact));
     char answers[40][1024], got[1024], question[40][256];
@@ -379,7 +380,7 @@ static void locate(const t_store *t, files *f) {
     snprintf(f->dir, sizeof f->dir, "%s/index/1", t->dir);
     snprintf(f->words, sizeof f->words, "%s/words.sqlite", f->dir);
     snprintf(f->manifest, sizeof f->manifest, "%s/keys.manifest", f->dir);
-    assert_true(t_glob(f->dir, "keys-", ".faiss", f->keys));
+    assert_true(t_glob(f->dir, "keys-", ".cells", f->keys));
 }
 
 static void copy(const char *from, const char *to) {
@@ -402,7 +403,8 @@ static void test_damage(void **state) {
     random_docs(&t, 100, &seed);
     ibidi_retriever_opts o = t_opts(&t);
     o.exact_tokens = 1;
-    o.keys = (ibidi_keyindex_opts){500, 1u << 30, 1};
+    o.keys = (ibidi_keyindex_opts){
+        .min_rows = 1, .cells_min = 1u << 30, .cell_rows = 16, .extra_rows = 1};
     ibidi_retriever *r = open_r(&o);
     assert_ok(ibidi_retriever_settle(r));
     ibidi_retriever_close(r);
@@ -571,7 +573,8 @@ static void test_threads(void **state) {
     ibidi_retriever_opts o = t_opts(&t);
     o.exact_tokens = 100;
     o.quiet_ms = 1;
-    o.keys = (ibidi_keyindex_opts){200, 4000, 1};
+    o.keys =
+        (ibidi_keyindex_opts){.min_rows = 200, .cells_min = 4000, .cell_rows = 16, .extra_rows = 1};
     ibidi_retriever *r = open_r(&o);
     assert_ok(ibidi_engine_keeper_start(r));
     for (int i = 0; i < 2; i++) {

@@ -88,9 +88,9 @@ static void test_against_double(void **state) {
         memcpy(blocks, m->numbers, 300 * sizeof *blocks);
         blocks[300] = 999999; /* not stored */
         blocks[301] = m->numbers[0];
-        assert_ok(ibidi_maxsim_blocks(*k, NULL, snap, &q, blocks, 302, scores[0], &scored));
+        assert_ok(ibidi_maxsim_blocks(*k, NULL, snap, NULL, &q, blocks, 302, scores[0], &scored));
         assert_int_equal(scored, 301);
-        assert_ok(ibidi_maxsim_blocks(*k, pool, snap, &q, blocks, 302, scores[1], &scored));
+        assert_ok(ibidi_maxsim_blocks(*k, pool, snap, NULL, &q, blocks, 302, scores[1], &scored));
         assert_true(isnan(scores[0][300]));
         for (size_t i = 0; i < 300; i++) {
             double want = slow_score(&q, m->keys[i], m->lens[i]);
@@ -101,14 +101,14 @@ static void test_against_double(void **state) {
         /* keys of another calibration or dimension are not scored */
         ibidi_asking other = q;
         other.calibration = ibid_hash_bytes("other", 5);
-        assert_ok(ibidi_maxsim_blocks(*k, NULL, snap, &other, blocks, 302, scores[0], &scored));
+        assert_ok(ibidi_maxsim_blocks(*k, NULL, snap, NULL, &other, blocks, 302, scores[0], &scored));
         assert_int_equal(scored, 0);
         other = q;
         other.dim = 32;
-        assert_ok(ibidi_maxsim_blocks(*k, NULL, snap, &other, blocks, 302, scores[0], &scored));
+        assert_ok(ibidi_maxsim_blocks(*k, NULL, snap, NULL, &other, blocks, 302, scores[0], &scored));
         assert_int_equal(scored, 0);
         other.dim = 33;
-        assert_err(ibidi_maxsim_blocks(*k, NULL, snap, &other, blocks, 302, scores[0], &scored),
+        assert_err(ibidi_maxsim_blocks(*k, NULL, snap, NULL, &other, blocks, 302, scores[0], &scored),
                    IBID_INVAL);
     }
     ibid_pool_close(pool);
