@@ -91,6 +91,11 @@ typedef struct ibid_question_keys { /* one allocation; free with ibid_free(ids) 
 ibid_err ibid_attn_question_keys(ibid_client *c, const ibid_hash *model, ibid_str question,
                                  ibid_question_keys *out);
 
+/* ln P(text | prompt) for each text, by the model alone: no documents. Texts are taken as they come;
+ * a word in running text begins with a space. At most 256 texts, of which 32 tokens count. */
+ibid_err ibid_attn_likelihoods(ibid_client *c, const ibid_hash *model, ibid_str prompt,
+                               const ibid_str *texts, size_t n, double *out);
+
 typedef struct ibid_answer_block { /* in descending relevance; the plan orders them */
     uint64_t document, chunk, block;
     double score;

@@ -245,6 +245,26 @@ ibid_err ibid_attn_question_keys(ibid_client *c, const ibid_hash *model, ibid_st
     return err;
 }
 
+ibid_err ibid_attn_likelihoods(ibid_client *c, const ibid_hash *model, ibid_str prompt,
+                               const ibid_str *texts, size_t n, double *out) {
+    ibid_enc e;
+    ibid_reply r = {0};
+    ibid_request_begin(&e, IBID_BUS_MESSAGE_MAX - 4096);
+    put_hash(&e, "model", model);
+    ibid_enc_str(&e, "prompt", prompt.s, prompt.n);
+    ibid_enc_array(&e, "texts");
+    for (size_t i = 0; i < n; i++) ibid_enc_str(&e, NULL, texts[i].s, texts[i].n);
+    ibid_enc_end(&e);
+    ibid_err err = ibid_request_finish(c, "attention.likelihoods", &e, 0, &r);
+    if (err) return err;
+    const ibid_val *list = ibid_val_get(r.body, "logs");
+    if (ibid_val_count(list) != n) err = broken("likelihoods");
+    for (size_t i = 0; !err && i < n; i++)
+        if (!ibid_val_f64(ibid_val_at(list, i), &out[i])) err = broken("likelihoods");
+    ibid_reply_close(&r);
+    return err;
+}
+
 static void put_question(ibid_enc *e, const ibid_answer_request *q) {
     put_hash(e, "model", &q->model);
     ibid_enc_str(e, "question", q->question.s, q->question.n);

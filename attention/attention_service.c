@@ -1,5 +1,6 @@
 /* The attention room: bus messages to models, encoding and answers. */
 #include "attention/attention_internal.h"
+#include "attention/plan/likelihood.h"
 #include "attention/tokenizer/template.h"
 #include "attention/wire.h"
 #include "rpc/base/clock.h"
@@ -206,6 +207,55 @@ static ibid_err do_question_keys(void *room, const ibid_call *call) {
     return e;
 }
 
+static ibid_err likelihoods(ibidi_loaded *m, const ibid_ids *prompt, const ibid_ids *texts, size_t n,
+                            double *out) {
+    ibid_sched_question_begin(&m->sched);
+    ibid_err e = ibid_likelihoods(m->engine, &m->sched, prompt, texts, n, out);
+    ibid_sched_question_end(&m->sched);
+    return e;
+}
+
+static ibid_err as_ids(const ibid_model *m, ibid_str text, ibid_ids *out) {
+    ibid_token *t = NULL;
+    size_t n = 0;
+    ibid_err e = ibid_tokenize(m->tokenizer, text.s, text.n, false, &t, &n);
+    if (!e && !(out->ids = ibid_alloc(n * sizeof *out->ids + 1)))
+        e = ibid_fail(IBID_NOMEM, "no memory for %zu tokens", n);
+    for (size_t i = 0; i < n && !e; i++) out->ids[i] = t[i].id;
+    out->n = e ? 0 : n;
+    ibid_free(t);
+    return e;
+}
+
+static ibid_err do_likelihoods(void *room, const ibid_call *call) {
+    ibidi_loaded *m = NULL;
+    ibid_ids prompt = {NULL, 0}, texts[IBID_LIKELIHOOD_TEXTS];
+    double out[IBID_LIKELIHOOD_TEXTS];
+    const ibid_val *list = ibid_val_get(call->body, "texts");
+    size_t n = ibid_val_count(list), got = 0;
+    memset(texts, 0, sizeof texts);
+    ibid_err e = n <= IBID_LIKELIHOOD_TEXTS
+                     ? get_model(room, call->body, &m)
+                     : ibid_fail(IBID_TOOBIG, "%zu texts; at most %d", n, IBID_LIKELIHOOD_TEXTS);
+    if (!e) e = as_ids(m->model, ibidi_get_str(call->body, "prompt"), &prompt);
+    for (; got < n && !e; got++) {
+        ibid_str s;
+        if (!ibid_val_str(ibid_val_at(list, got), &s.s, &s.n))
+            e = ibid_fail(IBID_PROTO, "text %zu is none", got);
+        else
+            e = as_ids(m->model, s, &texts[got]);
+    }
+    if (!e) e = likelihoods(m, &prompt, texts, n, out);
+    if (!e) {
+        ibid_enc_array(call->reply, "logs");
+        for (size_t i = 0; i < n; i++) ibid_enc_f64(call->reply, NULL, out[i]);
+        ibid_enc_end(call->reply);
+    }
+    ibid_free(prompt.ids);
+    for (size_t i = 0; i < got; i++) ibid_free(texts[i].ids);
+    return e;
+}
+
 static ibid_err do_answer(void *room, const ibid_call *call) {
     return ibidi_answer_begin(room, call);
 }
@@ -267,6 +317,7 @@ static const ibid_method methods[] = {
     {"attention.tokenize", do_tokenize},
     {"attention.encode", do_encode},
     {"attention.question_keys", do_question_keys},
+    {"attention.likelihoods", do_likelihoods},
     {"attention.answer", do_answer},
     {"attention.next", do_next},
     {"attention.cancel", do_cancel},

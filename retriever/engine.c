@@ -1,5 +1,6 @@
 #include "retriever/engine.h"
 
+#include "retriever/candidates.h"
 #include "rpc/base/clock.h"
 #include "rpc/base/log.h"
 
@@ -23,8 +24,10 @@ ibid_err ibidi_retriever_open(const ibidi_retriever_opts *o, ibidi_retriever **o
     snprintf(r->index_dir, sizeof r->index_dir, "%s/index", r->data_dir);
     const char *kernels = o->kernels && *o->kernels ? o->kernels : NULL;
     if (!e) e = ibid_kernels_get(kernels, &r->kernels);
+    if (!e) e = ibidi_candidate_cache_open(&r->candidates);
     if (!e) e = ibid_pool_open(o->threads, &r->pool);
     if (e) {
+        ibidi_candidate_cache_close(r->candidates);
         ibid_free(r);
         return e;
     }
@@ -46,6 +49,7 @@ void ibidi_retriever_close(ibidi_retriever *r) {
     ibidi_engine_keeper_stop(r);
     for (size_t i = 0; i < r->n_slots; i++) ibidi_collection_close(r->slots[i].c);
     ibid_free(r->slots);
+    ibidi_candidate_cache_close(r->candidates);
     if (r->store) ibid_store_close(r->store);
     ibid_pool_close(r->pool);
     pthread_mutex_destroy(&r->pool_mu);

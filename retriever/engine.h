@@ -15,6 +15,9 @@ typedef struct ibidi_retriever_hooks {
     ibid_err (*question_keys)(void *arg, const ibid_hash *model, ibid_str question,
                               ibid_question_keys *out);
     ibid_err (*tokenize)(void *arg, const ibid_hash *model, ibid_str text, ibid_tokens *out);
+    /* NULL: find ranks without it. */
+    ibid_err (*likelihoods)(void *arg, const ibid_hash *model, ibid_str prompt,
+                            const ibid_str *texts, size_t n, double *out);
 } ibidi_retriever_hooks;
 
 typedef struct ibidi_retriever_opts {
@@ -53,7 +56,9 @@ typedef struct ibidi_matches {
     ibid_match *matches;
     size_t n;
     const char *degraded; /* why there are exact matches only, or NULL */
-    double total_ms, coverage;
+    double total_ms, coverage, threshold;
+    const ibid_find_candidate *candidates; /* if asked for, best first */
+    size_t n_candidates;
 } ibidi_matches;
 ibid_err ibidi_retriever_find(ibidi_retriever *r, const ibid_find_request *q, ibidi_matches *out);
 void ibidi_matches_close(ibidi_matches *m);
@@ -85,6 +90,7 @@ struct ibidi_retriever {
     size_t n_slots, room_slots;
     pthread_t keeper;
     bool keeping, stop, notified;
+    struct ibidi_candidate_cache *candidates; /* candidates.h: of documents searched lately */
 };
 
 /* A snapshot of the store, opened when it appears. UNAVAIL while there is none. */

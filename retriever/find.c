@@ -1,7 +1,8 @@
-/* Find in one document: exact occurrences at once, then sentences whose tokens answer the question.
- */
+/* Find in one document: exact occurrences at once, forms of the query's words, then the entities
+ * that answer it (rank.h) with all their mentions, or sentences where there are none. */
 #include "retriever/find.h"
 
+#include "retriever/candidates.h"
 #include "retriever/engine.h"
 #include "retriever/folded.h"
 #include "rpc/base/clock.h"
@@ -12,21 +13,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MATCHES_MAX = 1000, QUERY_MAX = 1 << 20 };
-#define FOLDED_SCORE 0.95 /* of an exact match that differs in case or form */
-
-void ibidi_span_scores(const ibid_kernels *k, const ibidi_asking *q, const int8_t *keys,
-                       const uint64_t *ends, size_t n_tokens, const ibidi_sentence *s, size_t n,
-                       int32_t *best, float *score) {
-    size_t from = 0;
-    for (size_t i = 0; i < n; i++) {
-        while (from < n_tokens && ends[from] <= s[i].start) from++;
-        size_t to = from;
-        while (to < n_tokens && (to ? ends[to - 1] : 0) < s[i].end) to++;
-        score[i] =
-            to > from ? (float)ibidi_maxsim_keys(k, q, keys + from * q->dim, to - from, best) : 0;
-    }
-}
+enum {
+    MATCHES_MAX = 1000,
+    QUERY_MAX = 1 << 20,
+    ASKED_MAX = 32,     /* entities the model is asked about, the best by all else */
+    PROMPT_MAX = 512,   /* bytes of the query it is asked with */
+    SENTENCES_MAX = 20, /* returned where no entity answers */
+    FEATURES = IBIDI_FEATURES
+};
+#define FOLDED_SCORE 0.95    /* of an exact match that differs in case or form */
+#define STEMMED_SCORE 0.9    /* of other forms of the query's words */
+#define SAME_NAME_SCORE 0.85 /* of other forms of the name the query is */
 
 void ibidi_align_ends(const int32_t *ids, size_t n, const int32_t *have, const uint64_t *have_ends,
                       size_t n_have, uint64_t bytes, uint64_t *out) {
@@ -49,11 +46,14 @@ void ibidi_align_ends(const int32_t *ids, size_t n, const int32_t *have, const u
 }
 
 /* ---- The list of matches ---- */
+typedef enum kind { EXACT, FORM, NAME, SENTENCE } kind;
+static const char *const kind_names[] = {"exact", "form", "name", "sentence"};
+
 typedef struct span {
     uint64_t start, end;
     double score;
-    size_t chunk;
-    bool exact;
+    kind kind;
+    uint32_t entity; /* or UINT32_MAX */
 } span;
 
 typedef struct finder {
@@ -66,10 +66,15 @@ typedef struct finder {
     const ibid_chunk *chunks;
     size_t n_chunks;
     ibid_buf text;
+    ibidi_candidates *found;
     span *spans;
     size_t n, room, n_exact;
-    double threshold;
-    size_t scored; /* chunks */
+    double threshold, find_keys; /* of entities; of sentences, by the calibration */
+    bool with_gain;
+    size_t scored;    /* chunks */
+    int32_t *best;    /* [n_entities, question tokens] */
+    double *scores;   /* [n_entities] probabilities */
+    double *features; /* [n_entities, FEATURES] */
 } finder;
 
 static ibid_err add_span(finder *f, span s) {
@@ -100,23 +105,14 @@ static size_t most(const finder *f) {
     return f->q->max_matches ? f->q->max_matches : MATCHES_MAX;
 }
 
-static ibid_err find_exact(finder *f) {
-    ibidi_occurrence *o = NULL;
-    size_t n = 0;
-    ibid_str text = {f->text.data, f->text.len};
-    ibid_err e = f->text.len ? ibidi_occurrences(text, f->q->query, most(f), &o, &n) : IBID_OK;
-    for (size_t i = 0; i < n && !e; i++)
-        e = add_span(f, (span){o[i].start, o[i].end, o[i].same ? 1.0 : FOLDED_SCORE,
-                               chunk_at(f, o[i].start), true});
-    f->n_exact = f->n;
-    ibid_free(o);
-    return e;
+static ibid_str text_of(const finder *f) {
+    return (ibid_str){f->text.data ? f->text.data : "", f->text.len};
 }
 
-/* ---- Semantic spans ---- */
+/* The exact matches are in order of position. */
 static bool holds_exact(const finder *f, uint64_t start, uint64_t end) {
     size_t lo = 0, hi = f->n_exact;
-    while (lo < hi) { /* exact ones are in order of position */
+    while (lo < hi) {
         size_t mid = (lo + hi) / 2;
         if (f->spans[mid].end <= start)
             lo = mid + 1;
@@ -126,146 +122,389 @@ static bool holds_exact(const finder *f, uint64_t start, uint64_t end) {
     return lo < f->n_exact && f->spans[lo].start < end;
 }
 
-typedef struct chunk_work {
-    size_t chunk;
-    ibid_block block;
+static ibid_err find_exact(finder *f) {
+    ibidi_occurrence *o = NULL;
+    size_t n = 0;
+    ibid_err e =
+        f->text.len ? ibidi_occurrences(text_of(f), f->q->query, most(f), &o, &n) : IBID_OK;
+    for (size_t i = 0; i < n && !e; i++)
+        e = add_span(
+            f, (span){o[i].start, o[i].end, o[i].same ? 1.0 : FOLDED_SCORE, EXACT, UINT32_MAX});
+    f->n_exact = f->n;
+    ibid_free(o);
+    return e;
+}
+
+static ibid_err find_stemmed(finder *f) {
+    ibidi_occurrence *o = NULL;
+    ibidi_words *words = NULL;
+    size_t n = 0;
+    ibid_err e = ibidi_words_open(&words);
+    if (!e && f->text.len)
+        e = ibidi_stemmed_occurrences(words, text_of(f), f->q->query, most(f), &o, &n);
+    for (size_t i = 0; i < n && !e; i++)
+        if (!holds_exact(f, o[i].start, o[i].end))
+            e = add_span(f, (span){o[i].start, o[i].end, STEMMED_SCORE, FORM, UINT32_MAX});
+    ibidi_words_close(words);
+    ibid_free(o);
+    return e;
+}
+
+/* ---- What keys say of entities and sentences ---- */
+typedef struct chunk_keys {
+    size_t chunk; /* SIZE_MAX: none yet */
+    const int8_t *keys;
+    size_t n; /* 0: not to be had */
+} chunk_keys;
+
+/* The keys of a chunk's own tokens. */
+static ibid_err keys_of(finder *f, size_t chunk, chunk_keys *k) {
     ibid_keys keys;
-    ibid_str text;
-} chunk_work;
-
-/* The block's token ends in its chunk's text. */
-static ibid_err token_ends(finder *f, const chunk_work *w, uint64_t *out) {
-    ibid_tokens t = {.ids = NULL};
-    size_t n = w->block.n_tokens - w->block.n_title;
-    if (!f->r->o.hooks.tokenize)
-        return ibid_fail(IBID_UNAVAIL, "no attention room to ask for tokens");
-    ibid_err e = f->r->o.hooks.tokenize(f->r->o.hooks.arg, &f->c->model, w->text, &t);
-    if (!e)
-        ibidi_align_ends(w->block.tokens + w->block.n_title, n, t.ids, t.ends, t.n, w->text.n, out);
-    ibid_free(t.ids);
-    return e;
-}
-
-static ibid_err add_sentences(finder *f, const chunk_work *w, const ibidi_sentence *s,
-                              const float *score, size_t n) {
-    ibid_err e = IBID_OK;
-    uint64_t base = f->chunks[w->chunk].start;
-    for (size_t i = 0; i < n && !e; i++) {
-        if ((double)score[i] < f->threshold) continue;
-        span sp = {base + s[i].start, base + s[i].end, (double)score[i], w->chunk, false};
-        if (!holds_exact(f, sp.start, sp.end)) e = add_span(f, sp);
-    }
-    return e;
-}
-
-static ibid_err find_in_chunk(finder *f, const chunk_work *w, int32_t *best) {
-    size_t n = 0, tokens = w->block.n_tokens - w->block.n_title;
-    ibidi_sentence *s = NULL;
-    float *score = NULL;
-    uint64_t *ends = ibid_calloc(tokens, sizeof *ends);
-    ibid_err e = ends ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory for a chunk");
-    if (!e) e = token_ends(f, w, ends);
-    if (!e) e = ibidi_sentences(w->text, &s, &n);
-    if (!e && !(score = ibid_calloc(n, sizeof *score)))
-        e = ibid_fail(IBID_NOMEM, "out of memory for a chunk");
-    if (!e) {
-        ibidi_span_scores(f->r->kernels, &f->question.asking,
-                          w->keys.data + w->block.n_title * w->keys.dim, ends, tokens, s, n, best,
-                          score);
-        e = add_sentences(f, w, s, score, n);
-    }
-    ibid_free(score);
-    ibid_free(s);
-    ibid_free(ends);
-    return e;
-}
-
-/* A chunk whose best tokens together stay under the threshold has no sentence above it. */
-static ibid_err try_chunk(finder *f, size_t i, int32_t *best) {
-    chunk_work w = {.chunk = i};
-    const ibid_chunk *c = &f->chunks[i];
+    ibid_block block;
     const ibidi_asking *q = &f->question.asking;
-    ibid_err e = ibid_snap_keys(f->snap, c->block, &w.keys);
-    if (!e) e = ibid_snap_block(f->snap, c->block, &w.block);
+    if (k->chunk == chunk) return IBID_OK;
+    *k = (chunk_keys){chunk, NULL, 0};
+    ibid_err e = ibid_snap_keys(f->snap, f->chunks[chunk].block, &keys);
+    if (!e) e = ibid_snap_block(f->snap, f->chunks[chunk].block, &block);
     if (e == IBID_NOTFOUND) return IBID_OK;
     if (e) return e;
-    if (w.keys.dim != q->dim || ibid_hash_cmp(&w.keys.calibration, &q->calibration) != 0 ||
-        w.block.n_title > w.block.n_tokens || w.keys.n_tokens != w.block.n_tokens)
+    if (keys.dim != q->dim || ibid_hash_cmp(&keys.calibration, &q->calibration) != 0 ||
+        block.n_title > block.n_tokens || keys.n_tokens != block.n_tokens)
         return IBID_OK;
-    f->scored++;
-    size_t tokens = w.block.n_tokens - w.block.n_title;
-    double bound =
-        ibidi_maxsim_keys(f->r->kernels, q, w.keys.data + w.block.n_title * q->dim, tokens, best);
-    if (bound < f->threshold) return IBID_OK;
-    w.text = (ibid_str){f->text.data + c->start, (size_t)(c->end - c->start)};
-    return find_in_chunk(f, &w, best);
+    k->keys = keys.data + block.n_title * q->dim;
+    k->n = block.n_tokens - block.n_title;
+    return IBID_OK;
 }
 
-static int by_place(const void *a, const void *b) {
+static bool within(const chunk_keys *k, const ibidi_place *p) {
+    return p->to > p->from && p->to <= k->n;
+}
+
+/* best[entity][t]: the highest product of question token t with a token of its mentions. */
+static ibid_err score_mentions(finder *f) {
+    const ibidi_candidates *c = f->found;
+    const ibidi_asking *q = &f->question.asking;
+    chunk_keys k = {.chunk = SIZE_MAX};
+    int32_t *one = ibid_calloc(q->n, sizeof *one);
+    ibid_err e = one ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory for a question");
+    for (size_t i = 0; i < c->spans.n && !e; i++) {
+        if (c->spans.v[i].kind != IBIDI_SPAN_NAME || c->places[i].chunk >= f->n_chunks) continue;
+        const ibidi_place *p = &c->places[i];
+        if ((e = keys_of(f, p->chunk, &k)) || !within(&k, p)) continue;
+        (void)ibidi_maxsim_keys(f->r->kernels, q, k.keys + p->from * q->dim, p->to - p->from, one);
+        int32_t *best = f->best + c->spans.v[i].entity * q->n;
+        for (size_t t = 0; t < q->n; t++)
+            if (one[t] > best[t]) best[t] = one[t];
+    }
+    ibid_free(one);
+    return e;
+}
+
+static ibid_err count_scored(finder *f) {
+    chunk_keys k = {.chunk = SIZE_MAX};
+    ibid_err e = IBID_OK;
+    for (size_t i = 0; i < f->n_chunks && !e; i++) {
+        e = keys_of(f, i, &k);
+        f->scored += k.n > 0;
+    }
+    return e;
+}
+
+/* The question's tokens count alike: what is rare in the collection says little here. */
+static double keys_of_entity(const finder *f, size_t i) {
+    size_t n = f->question.asking.n;
+    int64_t sum = 0;
+    for (size_t t = 0; t < n; t++) {
+        int32_t b = f->best[i * n + t];
+        sum += b == INT32_MIN ? 0 : b;
+    }
+    return (double)sum / (double)n / (127.0 * 127.0);
+}
+
+/* ---- What the model says of entities ---- */
+static ibid_str best_form(const finder *f, size_t i) {
+    const ibidi_mined *m = &f->found->spans.v[f->found->spans.entities[i].first];
+    return (ibid_str){f->text.data + m->start, (size_t)(m->end - m->start)};
+}
+
+typedef struct ranked {
+    double score;
+    size_t entity;
+} ranked;
+
+static int best_ranked(const void *a, const void *b) {
+    const ranked *x = a, *y = b;
+    if (x->score != y->score) return x->score > y->score ? -1 : 1;
+    return (x->entity > y->entity) - (x->entity < y->entity);
+}
+
+/* ln P(name | prompt) of entities, names led by a space; NAN where the model cannot be asked. */
+static ibid_err ask_model(finder *f, ibid_str prompt, const size_t *entities, size_t n,
+                          double *out) {
+    ibid_str texts[ASKED_MAX];
+    ibid_buf names;
+    size_t at[ASKED_MAX + 1] = {0};
+    ibid_buf_init(&names, (size_t)1 << 24);
+    ibid_err e = IBID_OK;
+    for (size_t i = 0; i < n && !e; i++) {
+        ibid_str s = best_form(f, entities[i]);
+        e = ibid_buf_append(&names, " ", 1);
+        if (!e) e = ibid_buf_append(&names, s.s, s.n);
+        at[i + 1] = names.len;
+    }
+    for (size_t i = 0; i < n && !e; i++)
+        texts[i] = (ibid_str){names.data + at[i], at[i + 1] - at[i]};
+    if (!e) e = f->r->o.hooks.likelihoods(f->r->o.hooks.arg, &f->c->model, prompt, texts, n, out);
+    ibid_buf_fini(&names);
+    return e;
+}
+
+/* Asks about the given entities: what the question adds to their names' likelihood. Likelihoods
+ * without it are kept with the document. */
+static ibid_err ask_gains(finder *f, const ranked *top, size_t n, ibidi_evidence *v) {
+    size_t asked[ASKED_MAX], fresh[ASKED_MAX], n_fresh = 0;
+    double with[ASKED_MAX], base[ASKED_MAX];
+    char prompt[PROMPT_MAX + 2];
+    size_t len = f->q->query.n < PROMPT_MAX ? f->q->query.n : PROMPT_MAX;
+    memcpy(prompt, f->q->query.s, len);
+    prompt[len] = ':';
+    pthread_mutex_lock(&f->r->candidates->mu);
+    for (size_t i = 0; i < n; i++) {
+        asked[i] = top[i].entity;
+        if (isnan(f->found->base[asked[i]])) fresh[n_fresh++] = asked[i];
+    }
+    pthread_mutex_unlock(&f->r->candidates->mu);
+    ibid_err e = n_fresh ? ask_model(f, (ibid_str){"Names:", 6}, fresh, n_fresh, base) : IBID_OK;
+    if (!e) e = ask_model(f, (ibid_str){prompt, len + 1}, asked, n, with);
+    if (e) return e;
+    pthread_mutex_lock(&f->r->candidates->mu);
+    for (size_t i = 0; i < n_fresh; i++) f->found->base[fresh[i]] = base[i];
+    for (size_t i = 0; i < n; i++) v[asked[i]].gain = with[i] - f->found->base[asked[i]];
+    pthread_mutex_unlock(&f->r->candidates->mu);
+    return IBID_OK;
+}
+
+/* ---- Ranking ---- */
+static double odds_to_share(double ln_odds) {
+    return 1 / (1 + exp(-ln_odds));
+}
+
+static ibid_err gather_evidence(finder *f, ibidi_evidence *v) {
+    const ibidi_candidates *c = f->found;
+    for (size_t i = 0; i < c->spans.n_entities; i++)
+        v[i] = (ibidi_evidence){.tokens = (double)c->tokens[i],
+                                .keys = keys_of_entity(f, i),
+                                .gain = NAN,
+                                .stems = c->stems + c->stem_at[i],
+                                .n_stems = c->stem_at[i + 1] - c->stem_at[i]};
+    return IBID_OK;
+}
+
+/* Ranks all entities without the model, then asks it about the best. Those it was not asked about
+ * stay below those it was. */
+static ibid_err rank(finder *f, const ibidi_asked *asked, ibidi_evidence *v, ranked *order) {
+    const ibidi_entity *entities = f->found->spans.entities;
+    size_t n = f->found->spans.n_entities, top = n < ASKED_MAX ? n : ASKED_MAX;
+    ibidi_rank_features(asked, entities, v, n, f->features);
+    for (size_t i = 0; i < n; i++)
+        order[i] = (ranked){ibidi_rank_score(f->features + i * FEATURES, false), i};
+    qsort(order, n, sizeof *order, best_ranked);
+    ibid_err e = IBID_OK;
+    f->with_gain = f->r->o.hooks.likelihoods && !f->q->fast;
+    if (f->with_gain && (e = ask_gains(f, order, top, v))) {
+        if (e != IBID_UNAVAIL && e != IBID_TIMEOUT && e != IBID_NOTSUP) return e;
+        f->with_gain = false;
+    }
+    if (f->with_gain) {
+        ibidi_rank_features(asked, entities, v, n, f->features);
+        double least = INFINITY;
+        for (size_t k = 0; k < top; k++) {
+            order[k].score = ibidi_rank_score(f->features + order[k].entity * FEATURES, true);
+            least = fmin(least, order[k].score);
+        }
+        for (size_t k = top; k < n; k++) order[k].score = fmin(order[k].score, least) - 1;
+        qsort(order, top, sizeof *order, best_ranked);
+    }
+    for (size_t k = 0; k < n; k++) f->scores[order[k].entity] = odds_to_share(order[k].score);
+    return IBID_OK;
+}
+
+/* Which of the ranked entities are matches: the first *n. */
+static size_t chosen(finder *f, const ranked *order, size_t n) {
+    ibidi_rank_limits l = ibidi_rank_defaults(f->with_gain);
+    size_t k = 0;
+    bool near_best = f->q->min_score < 0 && n && odds_to_share(order[0].score) >= l.floor;
+    f->threshold = f->q->min_score >= 0 ? f->q->min_score : l.threshold;
+    while (k < n && (odds_to_share(order[k].score) >= f->threshold ||
+                     (near_best && order[k].score >= order[0].score - l.within)))
+        k++;
+    return k;
+}
+
+/* Other forms of the name that an exact match is. */
+static ibid_err add_same_names(finder *f, bool *taken) {
+    const ibidi_spans *s = &f->found->spans;
+    for (size_t i = 0; i < s->n; i++)
+        if (s->v[i].kind == IBIDI_SPAN_NAME && holds_exact(f, s->v[i].start, s->v[i].end)) {
+            size_t lo = 0; /* the whole name must be found, not a part of it */
+            while (lo < f->n_exact && f->spans[lo].end < s->v[i].end) lo++;
+            if (lo < f->n_exact && f->spans[lo].start <= s->v[i].start)
+                taken[s->v[i].entity] = true;
+        }
+    ibid_err e = IBID_OK;
+    for (size_t i = 0; i < s->n && !e; i++)
+        if (s->v[i].kind == IBIDI_SPAN_NAME && taken[s->v[i].entity] &&
+            !holds_exact(f, s->v[i].start, s->v[i].end))
+            e = add_span(f,
+                         (span){s->v[i].start, s->v[i].end, SAME_NAME_SCORE, FORM, s->v[i].entity});
+    return e;
+}
+
+static ibid_err add_entities(finder *f, const ranked *order, size_t n) {
+    const ibidi_spans *s = &f->found->spans;
+    bool *taken = ibid_calloc(s->n_entities, sizeof *taken);
+    if (!taken) return ibid_fail(IBID_NOMEM, "out of memory for matches");
+    ibid_err e = f->n_exact ? add_same_names(f, taken) : IBID_OK;
+    for (size_t k = 0; k < n; k++) {
+        if (taken[order[k].entity]) f->scores[order[k].entity] = 0; /* there already */
+        taken[order[k].entity] = true;
+    }
+    for (size_t i = 0; i < s->n && !e; i++) {
+        if (s->v[i].kind != IBIDI_SPAN_NAME || !taken[s->v[i].entity]) continue;
+        double score = f->scores[s->v[i].entity];
+        bool listed = false;
+        for (size_t k = 0; k < n && !listed; k++) listed = order[k].entity == s->v[i].entity;
+        if (listed && score > 0 && !holds_exact(f, s->v[i].start, s->v[i].end))
+            e = add_span(f, (span){s->v[i].start, s->v[i].end, score, NAME, s->v[i].entity});
+    }
+    ibid_free(taken);
+    return e;
+}
+
+/* ---- Sentences ---- */
+static ibid_err add_sentences(finder *f) {
+    const ibidi_candidates *c = f->found;
+    const ibidi_asking *q = &f->question.asking;
+    chunk_keys k = {.chunk = SIZE_MAX};
+    int32_t *best = ibid_calloc(q->n, sizeof *best);
+    ibid_err e = best ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory for a question");
+    for (size_t i = 0; i < c->n_sentences && !e; i++) {
+        const ibidi_sentence_at *s = &c->sentences[i];
+        if (s->at.chunk >= f->n_chunks || (e = keys_of(f, s->at.chunk, &k)) || !within(&k, &s->at))
+            continue;
+        double score = ibidi_maxsim_keys(f->r->kernels, q, k.keys + s->at.from * q->dim,
+                                         s->at.to - s->at.from, best);
+        /* On the scale of entities: the calibration's threshold meets theirs. */
+        score = fmax(0, fmin(0.8, score / f->find_keys * f->threshold));
+        if (score >= f->threshold && !holds_exact(f, s->start, s->end))
+            e = add_span(f, (span){s->start, s->end, score, SENTENCE, UINT32_MAX});
+    }
+    ibid_free(best);
+    return e;
+}
+
+/* ---- The whole of semantic matches ---- */
+static ibid_err explain(finder *f, const ranked *order, ibidi_matches *out) {
+    size_t n = f->found->spans.n_entities;
+    ibid_find_candidate *list = ibid_arena_alloc(out->arena, n * sizeof *list);
+    if (!list) return ibid_fail(IBID_NOMEM, "out of memory for %zu candidates", n);
+    for (size_t k = 0; k < n; k++) {
+        size_t i = order[k].entity;
+        ibid_str name = best_form(f, i);
+        const char *copy = ibid_arena_copy(out->arena, name.s, name.n);
+        const double *features =
+            ibid_arena_copy(out->arena, f->features + i * FEATURES, FEATURES * sizeof *features);
+        if (!copy || !features) return ibid_fail(IBID_NOMEM, "out of memory for candidates");
+        list[k] = (ibid_find_candidate){{copy, name.n},
+                                        f->found->spans.entities[i].mentions,
+                                        odds_to_share(order[k].score),
+                                        features,
+                                        FEATURES};
+    }
+    out->candidates = list;
+    out->n_candidates = n;
+    return IBID_OK;
+}
+
+static ibid_err find_entities(finder *f, ibidi_matches *out) {
+    size_t n = f->found->spans.n_entities, tokens = f->question.asking.n;
+    ibidi_words *words = NULL;
+    ibidi_asked asked;
+    ibidi_evidence *v = ibid_calloc(n, sizeof *v);
+    ranked *order = ibid_calloc(n, sizeof *order);
+    f->scores = ibid_calloc(n, sizeof *f->scores);
+    f->features = ibid_calloc(n * FEATURES, sizeof *f->features);
+    f->best = ibid_calloc(n * tokens, sizeof *f->best);
+    ibid_err e = v && order && f->scores && f->features && f->best
+                     ? ibidi_words_open(&words)
+                     : ibid_fail(IBID_NOMEM, "out of memory for %zu candidates", n);
+    for (size_t i = 0; i < n * tokens && !e; i++) f->best[i] = INT32_MIN;
+    if (!e) e = ibidi_asked_of(words, f->q->query, &asked);
+    if (!e) e = score_mentions(f);
+    if (!e) e = gather_evidence(f, v);
+    if (!e) e = rank(f, &asked, v, order);
+    if (!e) e = add_entities(f, order, chosen(f, order, n));
+    if (!e && f->q->explain) e = explain(f, order, out);
+    ibidi_words_close(words);
+    ibid_free(v);
+    ibid_free(order);
+    return e;
+}
+
+static int by_score(const void *a, const void *b) {
     const span *x = a, *y = b;
+    if (x->score != y->score) return x->score > y->score ? -1 : 1;
     if (x->start != y->start) return x->start < y->start ? -1 : 1;
     return (x->end > y->end) - (x->end < y->end);
 }
 
-static int best_span(const void *a, const void *b) {
-    const span *x = a, *y = b;
-    if (x->score != y->score) return x->score > y->score ? -1 : 1;
-    return by_place(a, b);
-}
-
-/* Overlapping semantic spans become one with the better score; then best first. */
-static void merge(finder *f) {
-    size_t n = f->n - f->n_exact, kept = 0;
-    if (!n) return;
-    span *s = f->spans + f->n_exact;
-    qsort(s, n, sizeof *s, by_place);
-    for (size_t i = 0; i < n; i++) {
-        if (kept && s[i].start < s[kept - 1].end) {
-            if (s[i].end > s[kept - 1].end) s[kept - 1].end = s[i].end;
-            s[kept - 1].score = fmax(s[kept - 1].score, s[i].score);
-        } else
-            s[kept++] = s[i];
-    }
-    qsort(s, kept, sizeof *s, best_span);
-    f->n = f->n_exact + kept;
-}
-
-static ibid_err find_semantic(finder *f) {
+static ibid_err find_semantic(finder *f, ibidi_matches *out) {
+    size_t before = f->n, limit;
+    ibidi_searched d = {f->r, f->snap, &f->doc, &f->c->model, text_of(f), f->chunks, f->n_chunks};
     ibid_err e = ibidi_question_weigh(&f->question, &f->c->view);
-    int32_t *best = ibid_calloc(f->question.keys.n, sizeof *best);
-    if (!best && !e) e = ibid_fail(IBID_NOMEM, "out of memory for a question");
-    for (size_t i = 0; i < f->n_chunks && !e; i++) {
-        if (f->chunks[i].start > f->chunks[i].end || f->chunks[i].end > f->text.len)
-            e = ibid_fail(IBID_CORRUPT, "chunk %zu lies outside its document's text", i);
-        else
-            e = try_chunk(f, i, best);
-    }
-    ibid_free(best);
+    if (!e) e = ibidi_candidates_get(&d, &f->found);
+    if (!e) e = count_scored(f);
+    if (!e) e = find_entities(f, out);
+    if (!e && f->n == before) e = add_sentences(f);
     if (e == IBID_UNAVAIL || e == IBID_TIMEOUT) { /* no token offsets: exact matches still stand */
         f->question.why = "the attention room does not answer";
-        f->n = f->n_exact;
+        f->n = before;
         e = IBID_OK;
     }
-    merge(f);
+    if (f->n > before) qsort(f->spans + before, f->n - before, sizeof *f->spans, by_score);
+    limit = before + SENTENCES_MAX;
+    if (f->n > limit && f->spans[before].kind == SENTENCE && f->q->min_score < 0) f->n = limit;
     return e;
 }
 
 /* ---- The whole ---- */
+static ibid_err fill_one(finder *f, const span *s, ibidi_matches *out) {
+    ibid_str locator = f->n_chunks ? f->chunks[chunk_at(f, s->start)].locator : (ibid_str){"", 0};
+    ibid_str name = {"", 0};
+    size_t len = (size_t)(s->end - s->start);
+    if (s->entity != UINT32_MAX) name = best_form(f, s->entity);
+    const char *text = ibid_arena_copy(out->arena, f->text.data + s->start, len);
+    const char *place = ibid_arena_copy(out->arena, locator.s ? locator.s : "", locator.n);
+    const char *whole = ibid_arena_copy(out->arena, name.s, name.n);
+    if (!text || !place || !whole) return ibid_fail(IBID_NOMEM, "out of memory for matches");
+    out->matches[out->n++] = (ibid_match){s->start,
+                                          s->end,
+                                          {text, len},
+                                          {place, locator.n},
+                                          s->score,
+                                          s->kind == EXACT,
+                                          {kind_names[s->kind], strlen(kind_names[s->kind])},
+                                          s->entity == UINT32_MAX ? 0 : (uint64_t)s->entity + 1,
+                                          {whole, name.n}};
+    return IBID_OK;
+}
+
 static ibid_err fill(finder *f, ibidi_matches *out) {
     size_t n = f->n < most(f) ? f->n : most(f);
     out->matches = ibid_arena_alloc(out->arena, n * sizeof *out->matches);
-    if (!out->matches) return ibid_fail(IBID_NOMEM, "out of memory for %zu matches", n);
-    for (size_t i = 0; i < n; i++) {
-        const span *s = &f->spans[i];
-        ibid_str locator = f->n_chunks ? f->chunks[s->chunk].locator : (ibid_str){"", 0};
-        size_t len = (size_t)(s->end - s->start);
-        const char *text = ibid_arena_copy(out->arena, f->text.data + s->start, len);
-        const char *place = ibid_arena_copy(out->arena, locator.s ? locator.s : "", locator.n);
-        if (!text || !place) return ibid_fail(IBID_NOMEM, "out of memory for %zu matches", n);
-        out->matches[out->n++] =
-            (ibid_match){s->start, s->end, {text, len}, {place, locator.n}, s->score, s->exact};
-    }
-    return IBID_OK;
+    ibid_err e = out->matches ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory for %zu matches", n);
+    for (size_t i = 0; i < n && !e; i++) e = fill_one(f, &f->spans[i], out);
+    return e;
 }
 
 static ibid_err find_document(finder *f) {
@@ -284,13 +523,16 @@ static ibid_err run(finder *f, ibidi_matches *out) {
     if (!cal) return ibid_fail(IBID_NOMEM, "out of memory for a calibration");
     ibid_err e = find_document(f);
     if (!e) e = find_exact(f);
+    if (!e && !f->q->exact_only) e = find_stemmed(f);
     bool calibrated =
         !e && f->question.usable && ibidi_engine_calibration(f->snap, &f->c->model, cal);
-    f->threshold = f->q->min_score >= 0 ? f->q->min_score : calibrated ? (double)cal->find : 2;
-    if (!e && f->question.usable && !f->q->exact_only && f->n < most(f)) e = find_semantic(f);
+    f->find_keys = calibrated && cal->find > 0 ? (double)cal->find : 1;
+    f->threshold = f->q->min_score >= 0 ? f->q->min_score : 1;
+    if (!e && f->question.usable && !f->q->exact_only && f->n < most(f)) e = find_semantic(f, out);
     if (!e && f->n_chunks) out->coverage = (double)f->scored / (double)f->n_chunks;
     if (f->q->exact_only) out->coverage = 1;
     if (!e) e = fill(f, out);
+    out->threshold = f->threshold;
     out->degraded = f->q->exact_only ? NULL : f->question.why;
     ibid_free(cal);
     return e;
@@ -331,7 +573,11 @@ done:
     if (f.snap) ibid_snap_end(f.snap);
     ibidi_question_fini(&f.question);
     ibid_buf_fini(&f.text);
+    ibidi_candidates_release(r, f.found);
     ibid_free(f.spans);
+    ibid_free(f.best);
+    ibid_free(f.scores);
+    ibid_free(f.features);
     if (e) ibidi_matches_close(out);
     out->total_ms = ibid_ms_since(start);
     return e;

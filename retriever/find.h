@@ -6,13 +6,6 @@
 #include "retriever/maxsim.h"
 #include "retriever/sentences.h"
 
-/* score[i] of sentence i: the question's MaxSim over the tokens that touch it. ends [n_tokens]:
- * where each of the chunk's tokens ends; keys [n_tokens, dim]. A sentence no token touches scores
- * 0. */
-void ibidi_span_scores(const ibid_kernels *k, const ibidi_asking *q, const int8_t *keys,
-                       const uint64_t *ends, size_t n_tokens, const ibidi_sentence *s, size_t n,
-                       int32_t *best /* scratch [q->n] */, float *score);
-
 /* Ends of a chunk's tokens as they are stored (ids [n]), given another tokenisation of the same
  * bytes (have, [n_have] with ends). Where both agree, from the front and from the back, its ends
  * hold; between them they are spaced evenly. out [n]. */

@@ -184,3 +184,73 @@ ibid_err ibidi_occurrences(ibid_str text, ibid_str query, size_t max, ibidi_occu
     *n = f.n;
     return IBID_OK;
 }
+
+/* ---- Other forms of the query's words ---- */
+enum { STEMS_MAX = 32 };
+
+typedef struct stemmed {
+    uint64_t want[STEMS_MAX]; /* hashes of the query's stems */
+    size_t n_want;
+    bool content; /* one of them is no function word */
+    struct {
+        uint64_t start, end, hash;
+    } last[STEMS_MAX]; /* a ring of the text's last words */
+    size_t seen;
+    found f;
+} stemmed;
+
+static uint64_t stem_hash(const char *s, size_t n) {
+    uint64_t h = 0xCBF29CE484222325u;
+    for (size_t i = 0; i < n; i++) h = (h ^ (unsigned char)s[i]) * 0x100000001B3u;
+    return h;
+}
+
+static int want_stem(void *arg, const ibidi_word *w) {
+    stemmed *s = arg;
+    if (w->extra) return 0;
+    if (s->n_want < STEMS_MAX) s->want[s->n_want] = stem_hash(w->s, w->n);
+    s->n_want++;
+    s->content |= !w->stop;
+    return 0;
+}
+
+static int meet_stem(void *arg, const ibidi_word *w) {
+    stemmed *s = arg;
+    if (w->extra) return 0;
+    size_t at = s->seen++ % STEMS_MAX, first = 0;
+    s->last[at].start = w->start;
+    s->last[at].end = w->end;
+    s->last[at].hash = stem_hash(w->s, w->n);
+    if (s->seen < s->n_want) return 0;
+    for (size_t i = 0; i < s->n_want; i++) {
+        first = (s->seen - 1 - i) % STEMS_MAX;
+        if (s->last[first].hash != s->want[s->n_want - 1 - i]) return 0;
+    }
+    found *f = &s->f;
+    if (f->n && f->v[f->n - 1].end > s->last[first].start) return 0;
+    if (f->n == f->max) return IBID_CANCELLED; /* enough */
+    if (f->n == f->room) {
+        size_t room = f->room ? f->room * 2 : 64;
+        ibidi_occurrence *more = ibid_realloc(f->v, room * sizeof *more);
+        if (!more) return IBID_NOMEM;
+        f->v = more;
+        f->room = room;
+    }
+    f->v[f->n++] = (ibidi_occurrence){s->last[first].start, w->end, false};
+    return 0;
+}
+
+ibid_err ibidi_stemmed_occurrences(ibidi_words *w, ibid_str text, ibid_str query, size_t max,
+                                   ibidi_occurrence **out, size_t *n) {
+    stemmed s = {.f.max = max};
+    int e = ibidi_words_each(w, query.s, query.n, true, want_stem, &s);
+    if (!e && s.content && s.n_want <= STEMS_MAX && max)
+        e = ibidi_words_each(w, text.s, text.n, true, meet_stem, &s);
+    if (e == IBID_NOMEM) {
+        ibid_free(s.f.v);
+        return ibid_fail(IBID_NOMEM, "out of memory for matches");
+    }
+    *out = s.f.v;
+    *n = s.f.n;
+    return IBID_OK;
+}

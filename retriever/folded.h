@@ -8,6 +8,7 @@
 #define IBID_RETRIEVER_FOLDED_H
 
 #include "kvstore/kvstore.h"
+#include "retriever/words.h"
 
 typedef struct ibidi_occurrence {
     uint64_t start, end; /* bytes of the text */
@@ -18,4 +19,10 @@ typedef struct ibidi_occurrence {
  * none. Errors: NOMEM. */
 ibid_err ibidi_occurrences(ibid_str text, ibid_str query, size_t max, ibidi_occurrence **out,
                            size_t *n);
+
+/* Runs of words with the stems of the query's words, in its order, nothing but other characters
+ * between them. Same order and limits; `same` is false. A query of function words alone has none.
+ */
+ibid_err ibidi_stemmed_occurrences(ibidi_words *w, ibid_str text, ibid_str query, size_t max,
+                                   ibidi_occurrence **out, size_t *n);
 #endif

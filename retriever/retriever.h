@@ -47,24 +47,43 @@ void ibid_search_result_close(ibid_search_result *r);
 typedef struct ibid_find_request {
     ibid_str collection, document, query; /* document: its id */
     bool exact_only;
-    double min_score;   /* < 0: the calibrated threshold */
+    bool fast;          /* without the model's pass over candidates */
+    bool explain;       /* list the candidates too */
+    double min_score;   /* < 0: the calibrated threshold, and what lies close to the best */
     size_t max_matches; /* 0 = 1000 */
 } ibid_find_request;
 
 typedef struct ibid_match {
     uint64_t start, end;
     ibid_str text, locator;
-    double score;
+    double score; /* 0..1 */
     bool exact;
+    /* "exact": the query's bytes, or they in another case or Unicode form; "form": other forms of
+     * its words, or of the name it is; "name": an entity that answers it; "sentence". */
+    ibid_str kind;
+    uint64_t entity; /* matches of one entity share a number; 0: of none */
+    ibid_str name;   /* the entity's fullest form, or "" */
 } ibid_match;
 
+typedef struct ibid_find_candidate { /* an entity of the document */
+    ibid_str name;
+    uint64_t mentions;
+    double score;
+    const double *features; /* [n_features] retriever/rank.h */
+    size_t n_features;
+} ibid_find_candidate;
+
 typedef struct ibid_find_result {
-    const ibid_match *matches; /* exact ones by position, then semantic ones by descending score */
+    const ibid_match *matches; /* exact ones by position, then others by descending score */
     size_t n;
     double total_ms, coverage; /* share of the document's blocks that was scored */
+    double threshold;          /* in force: what min_score was, or the calibrated one */
     ibid_str degraded;         /* why there are exact matches only; "" = both (or as asked) */
+    ibid_find_candidate *candidates; /* if asked for, best first */
+    size_t n_candidates;
     ibid_reply reply;
     ibid_match *storage;
+    double *features;
 } ibid_find_result;
 
 ibid_err ibid_ret_find(ibid_client *c, const ibid_find_request *q, ibid_find_result *out);

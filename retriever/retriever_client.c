@@ -77,6 +77,28 @@ void ibid_search_result_close(ibid_search_result *r) {
     *r = (ibid_search_result){.n = 0};
 }
 
+static ibid_err read_candidates(const ibid_val *list, ibid_find_result *out) {
+    size_t n = ibid_val_count(list), numbers = 0, at = 0;
+    for (size_t i = 0; i < n; i++)
+        numbers += ibid_val_count(ibid_val_get(ibid_val_at(list, i), "features"));
+    out->candidates = ibid_calloc(n, sizeof *out->candidates);
+    out->features = ibid_calloc(numbers, sizeof *out->features);
+    if (!out->candidates || !out->features)
+        return ibid_fail(IBID_NOMEM, "out of memory for %zu candidates", n);
+    for (size_t i = 0; i < n; i++) {
+        const ibid_val *v = ibid_val_at(list, i), *f = ibid_val_get(v, "features");
+        ibid_find_candidate *c = &out->candidates[i];
+        *c = (ibid_find_candidate){get_str(v, "name"), ibid_get_u64(v, "mentions", 0),
+                                   ibid_get_f64(v, "score", 0), out->features + at,
+                                   ibid_val_count(f)};
+        for (size_t j = 0; j < c->n_features; j++)
+            if (!ibid_val_f64(ibid_val_at(f, j), &out->features[at++]))
+                return ibid_fail(IBID_PROTO, "a candidate's feature is no number");
+    }
+    out->n_candidates = n;
+    return IBID_OK;
+}
+
 ibid_err ibid_ret_find(ibid_client *c, const ibid_find_request *q, ibid_find_result *out) {
     ibid_enc m;
     *out = (ibid_find_result){.n = 0};
@@ -85,6 +107,8 @@ ibid_err ibid_ret_find(ibid_client *c, const ibid_find_request *q, ibid_find_res
     put_str(&m, "document", q->document);
     put_str(&m, "query", q->query);
     ibid_enc_bool(&m, "exact_only", q->exact_only);
+    ibid_enc_bool(&m, "fast", q->fast);
+    ibid_enc_bool(&m, "explain", q->explain);
     ibid_enc_f64(&m, "min_score", q->min_score);
     ibid_enc_u64(&m, "max_matches", q->max_matches);
     ibid_err e = ibid_request_finish(c, "retriever.find", &m, SEARCH_MS, &out->reply);
@@ -102,8 +126,16 @@ ibid_err ibid_ret_find(ibid_client *c, const ibid_find_request *q, ibid_find_res
                                        .text = get_str(v, "text"),
                                        .locator = get_str(v, "locator"),
                                        .score = ibid_get_f64(v, "score", 0),
-                                       .exact = ibid_get_bool(v, "exact", false)};
+                                       .exact = ibid_get_bool(v, "exact", false),
+                                       .kind = get_str(v, "kind"),
+                                       .entity = ibid_get_u64(v, "entity", 0),
+                                       .name = get_str(v, "name")};
     }
+    if ((e = read_candidates(ibid_val_get(body, "candidates"), out))) {
+        ibid_find_result_close(out);
+        return e;
+    }
+    out->threshold = ibid_get_f64(body, "threshold", 0);
     out->matches = out->storage;
     out->n = n;
     out->total_ms = ibid_get_f64(body, "total_ms", 0);
@@ -114,6 +146,8 @@ ibid_err ibid_ret_find(ibid_client *c, const ibid_find_request *q, ibid_find_res
 
 void ibid_find_result_close(ibid_find_result *r) {
     ibid_free(r->storage);
+    ibid_free(r->candidates);
+    ibid_free(r->features);
     ibid_reply_close(&r->reply);
     *r = (ibid_find_result){.n = 0};
 }

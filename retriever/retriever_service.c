@@ -34,6 +34,11 @@ static ibid_err tokenize(void *arg, const ibid_hash *model, ibid_str text, ibid_
     return ibid_attn_tokenize(((retriever_room *)arg)->attention, model, text, out);
 }
 
+static ibid_err likelihoods(void *arg, const ibid_hash *model, ibid_str prompt,
+                            const ibid_str *texts, size_t n, double *out) {
+    return ibid_attn_likelihoods(((retriever_room *)arg)->attention, model, prompt, texts, n, out);
+}
+
 /* ---- Handlers ---- */
 static ibid_err read_filters(const ibid_val *list, ibid_filter *out, size_t *n) {
     *n = ibid_val_count(list);
@@ -89,6 +94,23 @@ static ibid_err on_search(void *room, const ibid_call *call) {
     return IBID_OK;
 }
 
+static void put_candidates(ibid_enc *e, const ibidi_matches *found) {
+    if (!found->n_candidates) return;
+    ibid_enc_array(e, "candidates");
+    for (size_t i = 0; i < found->n_candidates; i++) {
+        const ibid_find_candidate *c = &found->candidates[i];
+        ibid_enc_map(e, NULL);
+        put_str(e, "name", c->name);
+        ibid_enc_u64(e, "mentions", c->mentions);
+        ibid_enc_f64(e, "score", c->score);
+        ibid_enc_array(e, "features");
+        for (size_t j = 0; j < c->n_features; j++) ibid_enc_f64(e, NULL, c->features[j]);
+        ibid_enc_end(e);
+        ibid_enc_end(e);
+    }
+    ibid_enc_end(e);
+}
+
 static ibid_err on_find(void *room, const ibid_call *call) {
     ibidi_matches found;
     const ibid_val *b = call->body;
@@ -96,6 +118,8 @@ static ibid_err on_find(void *room, const ibid_call *call) {
                            .document = get_str(b, "document"),
                            .query = get_str(b, "query"),
                            .exact_only = ibid_get_bool(b, "exact_only", false),
+                           .fast = ibid_get_bool(b, "fast", false),
+                           .explain = ibid_get_bool(b, "explain", false),
                            .min_score = ibid_get_f64(b, "min_score", -1),
                            .max_matches = (size_t)ibid_get_u64(b, "max_matches", 0)};
     ibid_err e = ibidi_retriever_find(((retriever_room *)room)->engine, &q, &found);
@@ -110,9 +134,14 @@ static ibid_err on_find(void *room, const ibid_call *call) {
         put_str(call->reply, "locator", m->locator);
         ibid_enc_f64(call->reply, "score", m->score);
         ibid_enc_bool(call->reply, "exact", m->exact);
+        put_str(call->reply, "kind", m->kind);
+        if (m->entity) ibid_enc_u64(call->reply, "entity", m->entity);
+        if (m->name.n) put_str(call->reply, "name", m->name);
         ibid_enc_end(call->reply);
     }
     ibid_enc_end(call->reply);
+    put_candidates(call->reply, &found);
+    ibid_enc_f64(call->reply, "threshold", found.threshold);
     ibid_enc_f64(call->reply, "total_ms", found.total_ms);
     ibid_enc_f64(call->reply, "coverage", found.coverage);
     if (found.degraded) ibid_enc_cstr(call->reply, "degraded", found.degraded);

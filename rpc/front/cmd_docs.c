@@ -240,18 +240,39 @@ static ibid_err print_matches(ibid_service *s, const struct place *p, const ibid
     return e;
 }
 
-static json_t *matches_json(const ibid_find_result *r) {
+static json_t *candidates_json(const ibid_find_result *r) {
+    json_t *list = json_array();
+    for (size_t i = 0; i < r->n_candidates; i++) {
+        const ibid_find_candidate *c = &r->candidates[i];
+        json_t *features = json_array();
+        for (size_t j = 0; j < c->n_features; j++)
+            (void)json_array_append_new(features, json_real(c->features[j]));
+        (void)json_array_append_new(list, json_pack("{s:o,s:I,s:f,s:o}", "name",
+                                                    ibidi_json_str(c->name), "mentions",
+                                                    (json_int_t)c->mentions, "score", c->score,
+                                                    "features", features));
+    }
+    return list;
+}
+
+static json_t *matches_json(const ibid_find_result *r, bool explain) {
     json_t *list = json_array();
     for (size_t i = 0; i < r->n; i++) {
         const ibid_match *m = &r->matches[i];
-        (void)json_array_append_new(
-            list, json_pack("{s:I,s:I,s:o,s:f,s:s,s:o}", "start", (json_int_t)m->start, "end",
-                            (json_int_t)m->end, "text", ibidi_json_str(m->text), "score", m->score,
-                            "kind", m->exact ? "exact" : "semantic", "locator",
-                            ibidi_json_str(m->locator)));
+        json_t *o = json_pack("{s:I,s:I,s:o,s:f,s:o,s:o}", "start", (json_int_t)m->start, "end",
+                              (json_int_t)m->end, "text", ibidi_json_str(m->text), "score",
+                              m->score, "kind", ibidi_json_str(m->kind), "locator",
+                              ibidi_json_str(m->locator));
+        if (o && m->entity) {
+            (void)json_object_set_new(o, "entity", json_integer((json_int_t)m->entity));
+            (void)json_object_set_new(o, "name", ibidi_json_str(m->name));
+        }
+        (void)json_array_append_new(list, o);
     }
-    return json_pack("{s:o,s:f,s:{s:f}}", "matches", list, "coverage", r->coverage, "timings_ms",
-                     "total", r->total_ms);
+    json_t *all = json_pack("{s:o,s:f,s:f,s:{s:f}}", "matches", list, "threshold", r->threshold,
+                            "coverage", r->coverage, "timings_ms", "total", r->total_ms);
+    if (all && explain) (void)json_object_set_new(all, "candidates", candidates_json(r));
+    return all;
 }
 
 int ibidi_cmd_find(ibid_cli *cli) {
@@ -265,6 +286,8 @@ int ibidi_cmd_find(ibid_cli *cli) {
                                .document = ibidi_str(p.id),
                                .query = ibidi_str(cli->args[0]),
                                .exact_only = cli->o.exact_only,
+                               .fast = cli->o.fast,
+                               .explain = cli->o.explain,
                                .min_score = cli->o.min_score};
         uint64_t since = 0;
         do e = ibid_ret_find(s.retriever, &q, &r);
@@ -272,7 +295,7 @@ int ibidi_cmd_find(ibid_cli *cli) {
     }
     int status = r.n ? 0 : 1;
     if (!e && cli->o.json) {
-        int wrote = ibidi_json_print(matches_json(&r));
+        int wrote = ibidi_json_print(matches_json(&r, cli->o.explain));
         status = wrote ? wrote : status;
     } else if (!e) {
         e = print_matches(&s, &p, &r, cli->o.context);
