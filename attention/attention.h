@@ -101,6 +101,12 @@ typedef struct ibid_answer_block { /* in descending relevance; the plan orders t
     double score;
 } ibid_answer_block;
 
+typedef enum ibid_answer_mode {
+    IBID_ANSWER_GENERATE = 0, /* in the model's own words */
+    IBID_ANSWER_EXTRACT = 1,  /* words of the blocks, as they stand there */
+    IBID_ANSWER_AUTO = 2,     /* extract where the question wants a fact, else generate */
+} ibid_answer_mode;
+
 typedef struct ibid_answer_request {
     ibid_hash model;
     ibid_str question;
@@ -111,6 +117,7 @@ typedef struct ibid_answer_request {
     double temperature, top_p; /* temperature 0 = greedy */
     uint64_t seed;
     uint32_t max_quotes, quote_bytes; /* 0 = 3 and 300 */
+    ibid_answer_mode mode;
 } ibid_answer_request;
 
 typedef struct ibid_citation {
@@ -134,6 +141,8 @@ typedef struct ibid_answer_event {
     uint64_t kv_bytes_read, kv_bytes_from_disk; /* the second: not in memory when it was asked for */
     double kv_wait_ms; /* of that, waited for: the rest came while layers were computed */
     double recompute; /* what auto chose */
+    const char *mode; /* what was done: "extract" or "generate" */
+    double evidence;  /* extract: the answer's share of what was likely, 0..1; generate: 0 */
     double first_token_ms, total_ms;
 } ibid_answer_event;
 

@@ -1,9 +1,11 @@
 /* Answers: one thread each, from the request to the last event of its stream. */
 #include "attention/attention_internal.h"
 #include "attention/plan/citation.h"
+#include "attention/plan/extract_run.h"
 #include "rpc/base/clock.h"
 
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { BLOCKS_MAX = 256, MAX_TOKENS = 64, QUOTES = 3, QUOTE_BYTES = 300, TEXT_MAX = 1 << 30 };
@@ -38,6 +40,7 @@ typedef struct ibidi_answering {
     size_t n;
     double recompute, temperature, top_p;
     uint64_t seed, max_tokens, max_quotes, quote_bytes;
+    bool extracts; /* or generates */
     /* While it runs. */
     ibidi_loaded *m;
     ibid_reader reader;
@@ -46,6 +49,8 @@ typedef struct ibidi_answering {
     ibidi_stored **stored; /* [n] those of blocks */
     ibidi_loading loading;
     uint64_t encoded_tokens, reused_tokens, prompt_tokens, kv_bytes, disk_bytes;
+    ibid_extracted spans;
+    const ibid_tried *said; /* of those, what was answered; NULL: nothing, or in other words */
 } ibidi_answering;
 
 typedef ibidi_answering answering;
@@ -309,6 +314,37 @@ static bool quote_holds(const ibid_cite *q, const ibid_cite_block *b) {
            (q->end == b->text.n || (b->text.s[q->end] & 0xC0) != 0x80);
 }
 
+/* Where text that begins about `at` bytes into a chunk stands in the document. */
+static const char *find_near(const ibid_cite_block *b, uint64_t at, const char *s, size_t n) {
+    const char *best = NULL, *expected = b->text.s + b->start + at;
+    for (uint64_t i = b->start; n && i + n <= b->end; i++) {
+        const char *p = b->text.s + i;
+        if (*p != *s || memcmp(p, s, n) != 0) continue;
+        if (!best || llabs((long long)(p - expected)) < llabs((long long)(best - expected)))
+            best = p;
+    }
+    return best;
+}
+
+/* The sentence the answer was taken from. False: it cannot be found in the document. */
+static bool cite_said(const answering *a, const ibid_cite_block *blocks, ibid_cite *q) {
+    const ibid_span *s = &a->said->span;
+    const ibid_cite_block *b = &blocks[s->block];
+    const char *text = a->spans.texts[s->block].s;
+    size_t n = s->sentence_end - s->sentence_start;
+    if (!b->text.n) return false;
+    const char *p = find_near(b, s->sentence_start, text + s->sentence_start, n);
+    const char *at = p ? p + (s->start - s->sentence_start)
+                       : find_near(b, s->start, text + s->start, s->end - s->start);
+    if (!at) return false;
+    uint64_t start = (uint64_t)(at - b->text.s), end = start + (s->end - s->start);
+    uint64_t from = p ? (uint64_t)(p - b->text.s) : start;
+    ibid_cite_around(b->text, start, end, from, p ? from + n : end, a->quote_bytes, q);
+    q->block = s->block;
+    q->weight = a->said->share;
+    return true;
+}
+
 static ibid_err put_citations(answering *a, ibid_str answer, ibid_enc *e) {
     ibid_str question = {a->question, a->question_n};
     cited *c = ibid_calloc(a->n + 1, sizeof *c);
@@ -321,7 +357,10 @@ static ibid_err put_citations(answering *a, ibid_str answer, ibid_enc *e) {
         err = open_cited(a, c, i);
         b[i] = c[i].b;
     }
-    if (!err) err = ibid_cite_find(answer, question, b, a->n, a->max_quotes, a->quote_bytes, q, &n);
+    if (!err && a->said && cite_said(a, b, q))
+        n = 1;
+    else if (!err)
+        err = ibid_cite_find(answer, question, b, a->n, a->max_quotes, a->quote_bytes, q, &n);
     ibid_enc_array(e, "citations");
     for (size_t i = 0; !err && i < n; i++) {
         const ibid_answer_block *at = &a->blocks[a->n - 1 - q[i].block].ask;
@@ -379,6 +418,8 @@ static ibid_err push_done(answering *a, const ibid_answered *out, double share) 
     ibid_enc_u64(&e, "kv_bytes_from_disk", a->disk_bytes);
     ibid_enc_f64(&e, "kv_wait_ms", (double)a->loading.waited_ns / 1e6);
     ibid_enc_f64(&e, "recompute", share);
+    ibid_enc_cstr(&e, "mode", a->extracts ? "extract" : "generate");
+    ibid_enc_f64(&e, "evidence", a->said ? a->said->share : 0);
     ibid_enc_f64(&e, "first_token_ms", (double)(out->first_token_ns - a->start_ns) / 1e6);
     ibid_enc_f64(&e, "total_ms", ibid_ms_since(a->start_ns));
     return push(a, &e, true);
@@ -445,6 +486,40 @@ static ibid_err load_first(answering *a) {
     return e;
 }
 
+/* The best span as the whole answer. */
+static ibid_err extract(answering *a, const ibid_answer_plan *plan, ibid_answered *out) {
+    size_t *n_title = ibid_calloc(a->n + 1, sizeof *n_title);
+    if (!n_title) return ibid_fail(IBID_NOMEM, "no memory for an answer");
+    for (size_t i = 0; i < a->n; i++) n_title[i] = a->blocks[i].n_title;
+    ibid_extract_plan x = {.blocks = plan->blocks,
+                           .n_title = n_title,
+                           .n_blocks = a->n,
+                           .question = {a->question, a->question_n},
+                           .prompt = plan->question,
+                           .n_prompt = plan->n_question,
+                           .share = plan->share,
+                           .tick = plan->tick,
+                           .ready = plan->ready,
+                           .arg = plan->arg,
+                           .cancel = plan->cancel};
+    memset(out, 0, sizeof *out);
+    ibid_buf_init(&out->text, IBID_ANSWER_TEXT_MAX);
+    out->finish = "stop";
+    ibid_err e = ibid_extract_run(&a->reader, &x, &a->spans);
+    ibid_free(n_title);
+    if (e) return e;
+    out->recomputed_tokens = a->spans.recomputed_tokens;
+    out->first_token_ns = a->spans.first_ns;
+    for (size_t i = 0; i < a->spans.n && !a->said; i++)
+        if (a->spans.tried[i].n_tokens <= a->max_tokens) a->said = &a->spans.tried[i];
+    if (!a->said) return IBID_OK;
+    out->completion_tokens = a->said->n_tokens;
+    const ibid_span *s = &a->said->span;
+    const char *text = a->spans.texts[s->block].s + s->start;
+    e = ibid_buf_append(&out->text, text, s->end - s->start);
+    return e ? e : push_text(a, text, s->end - s->start);
+}
+
 /* Values are checked as they are needed: where one turns out to be damaged, its block is encoded
  * again and the question put once more. Nothing was said by then. */
 static ibid_err run_answer(answering *a, const ibid_answer_plan *plan, ibid_answered *out) {
@@ -457,7 +532,7 @@ static ibid_err run_answer(answering *a, const ibid_answer_plan *plan, ibid_answ
         ibidi_load_begin(&a->loading);
         a->disk_bytes += a->loading.missing;
         ibid_err e = load_first(a);
-        if (!e) e = ibid_answer_run(&a->reader, plan, out);
+        if (!e) e = (a->extracts ? extract(a, plan, out) : ibid_answer_run(&a->reader, plan, out));
         if (e != IBID_CORRUPT || !mark_damaged(a)) return e;
         ibid_log(IBID_LOG_ERROR, "encoded again: %s", ibid_err_detail());
         ibid_buf_fini(&out->text);
@@ -495,9 +570,10 @@ static ibid_err run_plan(answering *a) {
     ibid_err e = cal && placed && mass && a->blocks && a->stored
                      ? ibid_snap_begin(a->r->store, &a->snap)
                      : ibid_fail(IBID_NOMEM, "no memory for an answer");
-    if (!e)
-        e = ibid_prompt_question(a->m->model, &ibid_wording_default,
-                                 (ibid_str){a->question, a->question_n}, &question);
+    ibid_str asked = {a->question, a->question_n};
+    if (!e && a->extracts) e = ibid_prompt_extract(a->m->model, asked, &question);
+    if (!e && !a->extracts)
+        e = ibid_prompt_question(a->m->model, &ibid_wording_default, asked, &question);
     if (!e) e = check_context(a, question.n);
     if (!e) e = push_progress(a);
     if (!e) e = open_blocks(a, placed, mass);
@@ -554,6 +630,7 @@ static void answering_free(answering *a) {
         ibid_kv_blob_fini(&a->blocks[i].kv);
         ibidi_stored_drop(&a->blocks[i].stored);
     }
+    ibid_extracted_fini(&a->spans);
     ibid_snap_end(a->snap);
     ibid_free(a->blocks);
     ibid_free(a->stored);
@@ -626,6 +703,11 @@ static ibid_err read_request(const ibid_val *body, answering *a) {
     a->top_p = ibid_get_f64(body, "top_p", 0);
     a->seed = ibid_get_u64(body, "seed", 0);
     a->max_tokens = ibid_get_u64(body, "max_tokens", 0);
+    uint64_t mode = ibid_get_u64(body, "mode", IBID_ANSWER_GENERATE);
+    if (mode > IBID_ANSWER_AUTO)
+        return ibid_fail(IBID_INVAL, "mode %llu is none", (unsigned long long)mode);
+    a->extracts =
+        mode == IBID_ANSWER_EXTRACT || (mode == IBID_ANSWER_AUTO && ibid_question_wants_fact(q));
     a->max_quotes = ibid_get_u64(body, "max_quotes", 0);
     a->quote_bytes = ibid_get_u64(body, "quote_bytes", 0);
     if (a->max_tokens == 0) a->max_tokens = MAX_TOKENS;

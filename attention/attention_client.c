@@ -285,6 +285,7 @@ static void put_question(ibid_enc *e, const ibid_answer_request *q) {
     ibid_enc_u64(e, "seed", q->seed);
     ibid_enc_u64(e, "max_quotes", q->max_quotes);
     ibid_enc_u64(e, "quote_bytes", q->quote_bytes);
+    ibid_enc_u64(e, "mode", (uint64_t)q->mode);
 }
 
 static ibid_str str_of(const ibid_val *m, const char *key) {
@@ -334,6 +335,9 @@ static void read_numbers(const ibid_val *v, ibid_answer_event *ev) {
     ev->kv_wait_ms = ibid_get_f64(v, "kv_wait_ms", 0);
     ev->kv_bytes_read = ibid_get_u64(v, "kv_bytes_read", 0);
     ev->recompute = ibid_get_f64(v, "recompute", 0);
+    ibid_str mode = str_of(v, "mode");
+    ev->mode = mode.n == 7 && memcmp(mode.s, "extract", 7) == 0 ? "extract" : "generate";
+    ev->evidence = ibid_get_f64(v, "evidence", 0);
     ev->first_token_ms = ibid_get_f64(v, "first_token_ms", 0);
     ev->total_ms = ibid_get_f64(v, "total_ms", 0);
 }

@@ -352,6 +352,28 @@ done:
     return e;
 }
 
+static bool cuts_word(ibid_str text, uint64_t at) {
+    return at > 0 && at < text.n && !is_space(text.s[at]) && !is_space(text.s[at - 1]);
+}
+
+void ibid_cite_around(ibid_str text, uint64_t start, uint64_t end, uint64_t from, uint64_t to,
+                      size_t quote_bytes, ibid_cite *out) {
+    if (to - from > quote_bytes) {
+        uint64_t room = end - start < quote_bytes ? quote_bytes - (end - start) : 0;
+        uint64_t before = start - from, after = to - end;
+        uint64_t left = before < room / 2 ? before : after < room / 2 ? room - after : room / 2;
+        from = start - (left < before ? left : before);
+        while (from < start && cuts_word(text, from)) from++;
+        to = to - from > quote_bytes ? from + quote_bytes : to;
+        while (to > end && cuts_word(text, to)) to--;
+        if (to < end) to = end;
+    }
+    while (from < start && is_space(text.s[from])) from++;
+    while (to > end && is_space(text.s[to - 1])) to--;
+    out->start = from;
+    out->end = to;
+}
+
 void ibid_cite_token_ends(ibid_str text, uint64_t start, uint64_t end, const ibid_str *pieces,
                           size_t n, uint64_t *ends) {
     uint64_t at = start, stop = end < text.n ? end : text.n;

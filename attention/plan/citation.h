@@ -31,6 +31,12 @@ typedef struct ibid_cite {
 ibid_err ibid_cite_find(ibid_str answer, ibid_str question, const ibid_cite_block *blocks, size_t n,
                         size_t max_quotes, size_t quote_bytes, ibid_cite *out, size_t *n_out);
 
+/* The quote for a passage [start, end) of a text: the sentence [from, to) around it or, where that
+ * is longer than quote_bytes, as much of it as fits to both sides of the passage, cut between
+ * words. Only the byte range of *out is set. */
+void ibid_cite_around(ibid_str text, uint64_t start, uint64_t end, uint64_t from, uint64_t to,
+                      size_t quote_bytes, ibid_cite *out);
+
 /* Ends of tokens in a document: pieces [n] are the tokens' bytes in order, which together are the
  * text from start to end, but for bytes that no token stands for. */
 void ibid_cite_token_ends(ibid_str text, uint64_t start, uint64_t end, const ibid_str *pieces,

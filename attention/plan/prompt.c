@@ -97,6 +97,30 @@ ibid_err ibid_prompt_question(const ibid_model *m, const ibid_wording *w, ibid_s
     return finish(e, &ids, out);
 }
 
+/* Of seven wordings tried on 127 XQuAD questions the one under which the likeliest span of the text
+ * was the answer most often (26 %; the same examples with the reply in a turn of its own 10 %,
+ * without examples 5 to 12 %). */
+static const char extract_lead[] =
+    "\n\nAnswer with a name, a number or a few words of the text, as here.\n"
+    "Question: Who wrote Hamlet?\nAnswer: William Shakespeare\n"
+    "Question: When did the war end?\nAnswer: 1945\n"
+    "Question: What do bees make?\nAnswer: honey\nQuestion: ";
+
+ibid_err ibid_prompt_extract(const ibid_model *m, ibid_str question, ibid_ids *out) {
+    ibid_ids ids = {NULL, 0};
+    ibid_buf text;
+    if (question.n > QUESTION_MAX)
+        return ibid_fail(IBID_TOOBIG, "a question of %zu bytes; at most %d", question.n,
+                         QUESTION_MAX);
+    ibid_buf_init(&text, QUESTION_MAX + 4096);
+    ibid_err e = ibid_buf_puts(&text, extract_lead);
+    if (!e) e = ibid_buf_append(&text, question.s, question.n);
+    if (!e) e = ibid_buf_puts(&text, "\nAnswer:");
+    if (!e) e = add_text(&ids, m, text.data, text.len, false);
+    ibid_buf_fini(&text);
+    return finish(e, &ids, out);
+}
+
 ibid_err ibid_prompt_keys(const ibid_model *m, ibid_str question, ibid_ids *out) {
     ibid_ids ids = {NULL, 0};
     ibid_buf text;

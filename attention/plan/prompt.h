@@ -27,6 +27,9 @@ typedef struct ibid_ids { /* free with ibid_free(ids) */
 ibid_err ibid_prompt_prefix(const ibid_model *m, const ibid_wording *w, ibid_ids *out);
 ibid_err ibid_prompt_question(const ibid_model *m, const ibid_wording *w, ibid_str question,
                               ibid_ids *out);
+/* The question as text to be continued with a few words of the blocks: shown how by examples, the
+ * user's turn still open. */
+ibid_err ibid_prompt_extract(const ibid_model *m, ibid_str question, ibid_ids *out);
 /* The question's own tokens, as its keys are taken: led by a space, as words in running text are,
  * so that its first word has the same token as in the documents. */
 ibid_err ibid_prompt_keys(const ibid_model *m, ibid_str question, ibid_ids *out);

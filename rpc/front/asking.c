@@ -26,6 +26,18 @@ ibid_err ibidi_read_recompute(const char *text, double *out) {
                      text);
 }
 
+ibid_err ibidi_read_mode(const char *text, ibid_answer_mode *out) {
+    static const char *const names[] = {[IBID_ANSWER_GENERATE] = "generate",
+                                        [IBID_ANSWER_EXTRACT] = "extract",
+                                        [IBID_ANSWER_AUTO] = "auto"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        if (strcmp(text, names[i]) != 0) continue;
+        *out = (ibid_answer_mode)i;
+        return IBID_OK;
+    }
+    return ibid_fail(IBID_INVAL, "mode: \"%s\" is none of extract, generate and auto", text);
+}
+
 static bool on_event(void *arg, const ibid_answer_event *ev) {
     struct attempt *t = arg;
     bool on = t->calls->on_event(t->calls->arg, &t->asked, ev);
@@ -48,7 +60,8 @@ static ibid_err answer(ibid_service *s, const ibidi_ask_options *o, ibid_str que
                              .max_tokens = o->max_tokens,
                              .temperature = o->temperature,
                              .top_p = o->top_p,
-                             .seed = o->seed};
+                             .seed = o->seed,
+                             .mode = o->mode};
     return ibid_attn_answer(s->attention, &q, on_event, t);
 }
 

@@ -17,6 +17,7 @@ typedef struct ibidi_ask_options {
     size_t blocks;    /* 0: the best, and what scores nearly as well */
     bool always;      /* answer although nothing relevant was found */
     double recompute; /* 0..1; negative = auto */
+    ibid_answer_mode mode;
     uint32_t max_tokens;
     double temperature, top_p;
     uint64_t seed;
@@ -41,6 +42,8 @@ typedef struct ibidi_ask_calls {
 
 /* "auto" or a number from 0 to 1. Errors: INVAL. */
 ibid_err ibidi_read_recompute(const char *text, double *out);
+/* "extract", "generate" or "auto". Errors: INVAL. */
+ibid_err ibidi_read_mode(const char *text, ibid_answer_mode *out);
 /* Exactly one of DONE and on_nothing arrives, unless an error is returned. A room that went away,
  * or a block that was replaced between search and answer, is worth another attempt while nothing
  * was shown. Errors: those of search and answer; CANCELLED. */

@@ -69,6 +69,8 @@ static json_t *answer_json(const struct ask *a, const ibid_answer_event *ev) {
     if (a->id) (void)json_object_set(j, "id", a->id);
     (void)json_object_set_new(j, "found", json_boolean(found));
     (void)json_object_set_new(j, "answer", ibidi_json_str(ev->text));
+    (void)json_object_set_new(j, "mode", ev->mode ? json_string(ev->mode) : json_null());
+    (void)json_object_set_new(j, "evidence", json_real(ev->evidence));
     (void)json_object_set_new(j, "citations", citations_json(a, ev));
     (void)json_object_set_new(j, "blocks", blocks_json(a));
     (void)json_object_set_new(
@@ -201,6 +203,7 @@ int ibidi_cmd_ask(ibid_cli *cli) {
                                     .top_p = cli->o.top_p,
                                     .seed = cli->o.seed};
     ibid_err e = ibidi_read_recompute(cli->o.recompute, &a.options.recompute);
+    if (!e) e = ibidi_read_mode(cli->o.mode, &a.options.mode);
     if (!e && cli->o.max_tokens > UINT32_MAX)
         e = ibid_fail(IBID_INVAL, "--max-tokens is too large");
     if (!e) e = ibidi_service_open(&cli->o, true, &s);

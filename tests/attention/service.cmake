@@ -26,6 +26,9 @@ ibid_test(attention.head_train
 ibid_test(attention.citation
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_citation.c
   LIBS ibid_attention)
+ibid_test(attention.extract
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_extract.c
+  LIBS ibid_attention)
 ibid_test(attention.batching
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_batching.c
     ${CMAKE_CURRENT_LIST_DIR}/../support/engine_fixture.c

@@ -176,6 +176,8 @@ static bool on_event(void *arg, const ibid_answer_event *ev) {
     return true;
 }
 
+static ibid_answer_mode mode; /* of what is asked from now on */
+
 static ibid_err ask(fixture *f, const char *question, const doc *d, size_t n, uint32_t max_tokens,
                     double recompute, result *r) {
     ibid_answer_block b[8];
@@ -186,7 +188,8 @@ static ibid_err ask(fixture *f, const char *question, const doc *d, size_t n, ui
                              .blocks = b,
                              .n_blocks = n,
                              .recompute = recompute,
-                             .max_tokens = max_tokens};
+                             .max_tokens = max_tokens,
+                             .mode = mode};
     size_t stop_after = r->stop_after;
     memset(r, 0, sizeof *r);
     r->stop_after = stop_after;
@@ -349,6 +352,41 @@ static void answer(void **state) {
     assert_ok(ask(f, "Who built the mill?", &d, 3, 24, -1, &again));
     assert_string_equal(again.text, r.text);
     assert_int_equal(again.done.encoded_tokens, 0);
+}
+
+/* Words of the blocks, as they stand there, quoted with their sentence. */
+static void extract(void **state) {
+    fixture *f = *state;
+    static result r, again;
+    ibid_encode_result enc;
+    doc d = put_document(f, "a", "Title\n", texts, 3, &enc);
+    mode = IBID_ANSWER_EXTRACT;
+    for (int share = 0; share < 2; share++) {
+        assert_ok(ask(f, "When was the mill built?", &d, 3, 24, share * 0.5, &r));
+        assert_string_equal(r.done.mode, "extract");
+        assert_string_equal(r.finish, "stop");
+        assert_string_equal(r.streamed, r.text);
+        assert_true(r.text[0] && r.done.evidence > 0 && r.done.evidence <= 1);
+        assert_int_equal(r.n_citations, 1);
+        assert_non_null(strstr(r.quote[0], r.text));
+        assert_true(r.done.completion_tokens > 0 && r.done.completion_tokens <= 24);
+        assert_ok(ask(f, "When was the mill built?", &d, 3, 24, share * 0.5, &again));
+        assert_string_equal(again.text, r.text);
+        assert_string_equal(again.quote[0], r.quote[0]);
+    }
+    assert_ok(ask(f, "When?", &d, 0, 24, 0, &r));
+    assert_string_equal(r.text, "");
+    assert_int_equal(r.n_citations, 0);
+    assert_int_equal(ask(f, "", &d, 1, 24, 0, &r), IBID_INVAL);
+    r.stop_after = 1;
+    assert_int_equal(ask(f, "When was the mill built?", &d, 3, 24, 0, &r), IBID_CANCELLED);
+    r.stop_after = 0;
+    mode = IBID_ANSWER_AUTO;
+    assert_ok(ask(f, "When was the mill built?", &d, 3, 8, 0, &r));
+    assert_string_equal(r.done.mode, "extract");
+    assert_ok(ask(f, "Why was the mill built?", &d, 3, 8, 0, &r));
+    assert_string_equal(r.done.mode, "generate");
+    mode = IBID_ANSWER_GENERATE;
 }
 
 static void context(void **state) {
@@ -554,6 +592,14 @@ static void real_model(void **state) {
     print_message("recomputed: %s\n", full.text);
     assert_ok(ask(&f, "What was the name of the lighthouse keeper?", &d, 3, 0, -1, &full));
     print_message("three blocks: %s\n", full.text);
+    mode = IBID_ANSWER_AUTO;
+    assert_ok(ask(&f, "What was the name of the lighthouse keeper?", &d, 1, 0, -1, &r));
+    mode = IBID_ANSWER_GENERATE;
+    assert_string_equal(r.done.mode, "extract");
+    assert_string_equal(r.text, "Halvard Brekke");
+    assert_int_equal(r.n_citations, 1);
+    assert_memory_equal(r.quote[0], facts[0] + r.start[0], r.end[0] - r.start[0]);
+    assert_non_null(strstr(r.quote[0], "Halvard Brekke"));
     recalibrate(&f);
     stop(&f);
     remove_data(&f);
@@ -617,6 +663,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test_setup_teardown(bad_blocks, set_up, tear_down),
         cmocka_unit_test_setup_teardown(question_keys, set_up, tear_down),
         cmocka_unit_test_setup_teardown(answer, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(extract, set_up, tear_down),
         cmocka_unit_test_setup_teardown(context, set_up, tear_down),
         cmocka_unit_test_setup_teardown(gone, set_up, tear_down),
         cmocka_unit_test_setup_teardown(wrong_model, set_up, tear_down),
