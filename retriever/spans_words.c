@@ -112,7 +112,7 @@ static bool inside(ibid_str t, size_t i, const letter *l, reading *r) {
             r->part = 0;
             return r->dotted = true;
         }
-        if (l->c == '.' && r->part >= 2 && (next.lower || next.k == DIGIT)) {
+        if (l->c == '.' && r->part >= 1 && (next.lower || next.k == DIGIT)) {
             r->part = 0;
             return r->dotted = true;
         }
@@ -239,7 +239,8 @@ static void end_line(splitter *s) {
         capitals += x->shape == IBIDI_SHAPE_CAPITAL || x->shape == IBIDI_SHAPE_UPPER;
         lower += x->shape == IBIDI_SHAPE_LOWER && x->end - x->start > 3;
     }
-    if (n >= 2 && capitals >= 2 && capitals >= 4 * lower) {
+    bool begins = n && w->v[s->line].shape != IBIDI_SHAPE_LOWER;
+    if (n >= 2 && begins && capitals >= 2 && capitals >= 4 * lower) {
         uint64_t end = w->v[w->n - 1].end;
         bool period = end < s->t.n && (s->t.s[end] == '.' || s->t.s[end] == '"');
         for (size_t i = s->line; i < w->n && !period; i++) w->v[i].flags |= IBIDI_WORD_HEADING;
