@@ -34,6 +34,19 @@ ibid_err ibid_attn_model_info(ibid_client *c, const char *model, ibid_model_info
 /* Runs calibration again (sample: text, or NULL for the installed one) and derives new token keys for
  * every block from stored K. report: a table for a person. */
 ibid_err ibid_attn_calibrate(ibid_client *c, const char *model, ibid_str sample, ibid_buf *report);
+typedef struct ibid_calibrate_request {
+    const char *model;
+    ibid_str sample; /* s NULL: the installed one */
+    ibid_str train;  /* text to train a retrieval head on, up to 4 MiB; s NULL: do not train */
+    /* Vectors of a sentence embedding model, f32 little-endian: one for every line that `pairs`
+     * gives for the same text. s NULL: train without a teacher. */
+    ibid_str teacher;
+    bool pairs; /* only report the chunks and questions of the training text, as JSON lines */
+} ibid_calibrate_request;
+/* The same with choices. A trained head is kept only where it finds more on held-out chunks than
+ * raw heads do: the report says so. Without train: the head that comes with the program for this
+ * model, or else the best raw heads. */
+ibid_err ibid_attn_calibrate_as(ibid_client *c, const ibid_calibrate_request *q, ibid_buf *report);
 
 typedef struct ibid_kv_verdict {
     char type[8];

@@ -91,13 +91,21 @@ ibid_err ibid_attn_model_info(ibid_client *c, const char *model, ibid_model_info
 }
 
 ibid_err ibid_attn_calibrate(ibid_client *c, const char *model, ibid_str sample, ibid_buf *report) {
+    return ibid_attn_calibrate_as(c, &(ibid_calibrate_request){.model = model, .sample = sample},
+                                  report);
+}
+
+ibid_err ibid_attn_calibrate_as(ibid_client *c, const ibid_calibrate_request *q, ibid_buf *report) {
     ibid_enc e;
     ibid_reply r = {0};
     const char *s = "";
     size_t n = 0;
     ibid_request_begin(&e, IBID_BUS_MESSAGE_MAX - 4096);
-    ibid_enc_cstr(&e, "model", model ? model : "");
-    if (sample.s) ibid_enc_bin(&e, "sample", sample.s, sample.n);
+    ibid_enc_cstr(&e, "model", q->model ? q->model : "");
+    if (q->sample.s) ibid_enc_bin(&e, "sample", q->sample.s, q->sample.n);
+    if (q->train.s) ibid_enc_bin(&e, "train", q->train.s, q->train.n);
+    if (q->teacher.s) ibid_enc_bin(&e, "teacher", q->teacher.s, q->teacher.n);
+    ibid_enc_bool(&e, "pairs", q->pairs);
     ibid_err err = ibid_request_finish(c, "attention.calibrate", &e, ADD_MS, &r);
     if (!err && report && ibid_get_str(r.body, "report", &s, &n))
         err = ibid_buf_append(report, s, n);

@@ -75,10 +75,24 @@ typedef struct ibidi_adding {
 ibid_err ibidi_model_add(ibidi_room *r, const ibidi_adding *a, ibidi_loaded **out);
 /* Writes the model's record. The caller holds load_lock. */
 ibid_err ibidi_model_save(ibidi_room *r, ibidi_loaded *m);
-ibid_err ibidi_model_calibrate(ibidi_room *r, ibidi_loaded *m, ibid_str sample, ibid_buf *report);
 void ibidi_models_close(ibidi_room *r);
 /* A copy of the current calibration; its map stays valid while the model is loaded. */
 void ibidi_model_calibration(ibidi_loaded *m, ibid_calibration *out);
+
+/* ---- attention_calibrate.c ---- */
+enum { IBIDI_CALIBRATION_MAX = 8 * 1024 * 1024 }; /* bytes of a calibration's encoding */
+typedef struct ibidi_calibrating {
+    ibid_str sample;         /* empty: the installed one */
+    ibid_str train, teacher; /* train empty: the program's own head, or head search */
+    ibid_buf *report;        /* or NULL */
+} ibidi_calibrating;
+/* Calibrates a model, saves its record and gives its blocks new token keys. */
+ibid_err ibidi_model_calibrate(ibidi_room *r, ibidi_loaded *m, const ibidi_calibrating *c);
+/* Whether the program has a trained head for the model that it does not use, having raw ones or
+ * those of an earlier program. What a user has trained stays. */
+bool ibidi_model_outdated(ibidi_loaded *m);
+/* What a teacher is to read before training on this text. */
+ibid_err ibidi_model_train_texts(ibidi_loaded *m, ibid_str text, ibid_buf *out);
 
 /* ---- attention_gate.c ---- */
 /* Whether a model that is being added may keep KV of this type; measures it if nobody did. Errors:

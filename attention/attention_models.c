@@ -1,6 +1,5 @@
 /* The room's models: opening them, their prefix, their record in the store, their calibration. */
 #include "attention/attention_internal.h"
-#include "attention/plan/head_known.h"
 #include "attention/tokenizer/template.h"
 
 #include <errno.h>
@@ -13,7 +12,6 @@
 
 /* The first model that was added is the default one: its fingerprint in hex stands in this file. */
 #define DEFAULT_FILE "default-model"
-enum { CALIBRATION_MAX = 8 * 1024 * 1024 };
 
 void ibidi_model_calibration(ibidi_loaded *m, ibid_calibration *out) {
     (void)pthread_mutex_lock(&m->lock);
@@ -141,7 +139,7 @@ static void make_reader(ibidi_loaded *m, ibid_kv_type type, size_t n_prefix) {
 ibid_err ibidi_model_save(ibidi_room *r, ibidi_loaded *m) {
     ibid_buf cal, gates;
     ibid_err e = IBID_OK;
-    ibid_buf_init(&cal, CALIBRATION_MAX);
+    ibid_buf_init(&cal, IBIDI_CALIBRATION_MAX);
     ibid_buf_init(&gates, 65536);
     if (m->calibrated) e = ibid_calibration_encode(&m->cal, &cal);
     (void)pthread_mutex_lock(&m->lock);
@@ -416,18 +414,6 @@ static ibid_err add_again(ibidi_room *r, ibidi_loaded *m, const char *path, cons
     return ibidi_model_save(r, m);
 }
 
-/* Whether the program has a trained head for the model that it does not use: one of raw heads, or
- * of an earlier program. What a user has trained stays. */
-static bool outdated(ibidi_loaded *m) {
-    ibid_calibration known, now;
-    ibidi_model_calibration(m, &now);
-    if (now.map && now.map->out && !now.has_model) return false;
-    if (ibid_known_head(&m->model->fingerprint, &known)) return false;
-    bool other = ibid_hash_cmp(&known.id, &now.id) != 0;
-    ibid_calibration_fini(&known);
-    return other;
-}
-
 ibid_err ibidi_model_add(ibidi_room *r, const ibidi_adding *a, ibidi_loaded **out) {
     ibidi_loaded *m = NULL, *have = NULL;
     ibid_str path = a->path;
@@ -453,53 +439,8 @@ ibid_err ibidi_model_add(ibidi_room *r, const ibidi_adding *a, ibidi_loaded **ou
     have = m;
 done:
     (void)pthread_mutex_unlock(&r->load_lock);
-    if (!e && (!have->calibrated || outdated(have)))
-        e = ibidi_model_calibrate(r, have, (ibid_str){NULL, 0}, NULL);
+    if (!e && (!have->calibrated || ibidi_model_outdated(have)))
+        e = ibidi_model_calibrate(r, have, &(ibidi_calibrating){.report = NULL});
     if (!e) *out = have;
-    return e;
-}
-
-/* ---- Calibration ---- */
-
-/* Takes over what cal owns. Who holds a copy of the old calibration goes on with its map, so that
- * one is kept until the model is closed. */
-static ibid_err adopt_calibration(ibidi_loaded *m, ibid_calibration *cal) {
-    (void)pthread_mutex_lock(&m->lock);
-    ibid_keymap **more = ibid_realloc(m->retired, (m->n_retired + 1) * sizeof *more);
-    if (more) {
-        m->retired = more;
-        if (m->cal.map) m->retired[m->n_retired++] = m->cal.map;
-        m->cal = *cal;
-        m->calibrated = true;
-        cal->map = NULL;
-    }
-    (void)pthread_mutex_unlock(&m->lock);
-    return more ? IBID_OK : ibid_fail(IBID_NOMEM, "no memory for a calibration");
-}
-
-ibid_err ibidi_model_calibrate(ibidi_room *r, ibidi_loaded *m, ibid_str sample, ibid_buf *report) {
-    ibid_calibration *cal = ibid_calloc(1, sizeof *cal), known = {.map = NULL};
-    ibid_buf encoding;
-    uint64_t n = 0;
-    ibid_buf_init(&encoding, CALIBRATION_MAX);
-    ibid_err e = cal ? IBID_OK : ibid_fail(IBID_NOMEM, "no memory for a calibration");
-    (void)ibid_known_head(&m->model->fingerprint, &known);
-    if (!e)
-        e = ibid_calibrate(&m->reader, sample, known.map ? &known : NULL, &r->closing, cal, report);
-    if (!e) e = ibid_calibration_encode(cal, &encoding); /* sets its id */
-    if (!e) {
-        (void)pthread_mutex_lock(&r->load_lock);
-        e = adopt_calibration(m, cal);
-        if (!e) e = ibidi_model_save(r, m);
-        (void)pthread_mutex_unlock(&r->load_lock);
-    }
-    if (!e) e = ibidi_rekey(r, m, &n);
-    if (!e && report)
-        (void)ibid_buf_printf(report, "token keys derived for %llu blocks\n",
-                              (unsigned long long)n);
-    ibid_buf_fini(&encoding);
-    ibid_calibration_fini(&known);
-    if (cal) ibid_calibration_fini(cal);
-    ibid_free(cal);
     return e;
 }

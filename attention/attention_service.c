@@ -14,7 +14,7 @@ enum {
     WORKERS = 16,
     STREAMS = 16,
     EVENTS = 8192,
-    REPORT_MAX = 4 * 1024 * 1024,
+    REPORT_MAX = 16 * 1024 * 1024,
     STORE_WAIT_MS = 20000
 };
 
@@ -90,7 +90,14 @@ static ibid_err do_calibrate(void *room, const ibid_call *call) {
     ibid_buf report;
     ibid_buf_init(&report, REPORT_MAX);
     ibid_err e = ibidi_model_find(room, ibidi_get_str(call->body, "model"), &m);
-    if (!e) e = ibidi_model_calibrate(room, m, ibidi_get_str(call->body, "sample"), &report);
+    ibidi_calibrating c = {.sample = ibidi_get_str(call->body, "sample"),
+                           .train = ibidi_get_str(call->body, "train"),
+                           .teacher = ibidi_get_str(call->body, "teacher"),
+                           .report = &report};
+    if (!e && ibid_get_bool(call->body, "pairs", false))
+        e = ibidi_model_train_texts(m, c.train, &report);
+    else if (!e)
+        e = ibidi_model_calibrate(room, m, &c);
     if (!e) ibid_enc_str(call->reply, "report", report.data ? report.data : "", report.len);
     ibid_buf_fini(&report);
     return e;

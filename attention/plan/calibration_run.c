@@ -400,7 +400,7 @@ static void set_thresholds(ibid_calibration *c, const ibid_cal_score *s) {
 /* Ranks all heads and takes the best ones: c->heads, and the map of them as they are. A model
  * without a useful head gets none. */
 static ibid_err choose(const ibid_cal_bank *b, double words, ibid_calibration *c,
-                       ibid_cal_score *score, ibid_buf *report) {
+                       ibid_cal_score *score, ibid_cal_ranking *ranking, ibid_buf *report) {
     ranked *all = ibid_calloc(b->n_heads, sizeof *all);
     ibid_err e = all ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory");
     for (size_t h = 0; !e && h < b->n_heads; h++) {
@@ -417,6 +417,9 @@ static ibid_err choose(const ibid_cal_bank *b, double words, ibid_calibration *c
         e = add_partners(b, all, c, score);
         if (!e) e = try_heads(b, c->heads, c->n_heads, score, &c->map);
     }
+    for (size_t i = 0; !e && ranking && i < b->n_heads; i++)
+        if (ranking->n < sizeof ranking->heads / sizeof *ranking->heads)
+            ranking->heads[ranking->n++] = all[i].head;
     if (!e) tell(report, b, all, c);
 done:
     ibid_free(all);
@@ -440,12 +443,17 @@ static ibid_err take_known(const ibid_cal_bank *b, const ibid_calibration *known
 }
 
 static ibid_err calibrate(const ibid_cal_bank *b, const ibid_calibration *known,
-                          ibid_calibration *c, ibid_buf *report) {
+                          ibid_calibration *c, ibid_cal_ranking *ranking, ibid_buf *report) {
     ibid_cal_score score = {0};
     double words = 0;
     ibid_err e = ibid_cal_words(b->m, b->set, &words);
     if (!e && report) (void)ibid_buf_printf(report, "by words alone: MRR %.3f\n", words);
-    if (!e) e = choose(b, words, c, &score, report);
+    if (known && known->map && known->n_heads) {
+        c->n_heads = known->n_heads;
+        memcpy(c->heads, known->heads, sizeof c->heads);
+    } else if (!e) {
+        e = choose(b, words, c, &score, ranking, report);
+    }
     if (!e && c->map) {
         set_thresholds(c, &score);
         tell_taken(report, c, "raw heads", &score);
@@ -460,11 +468,13 @@ static ibid_err calibrate(const ibid_cal_bank *b, const ibid_calibration *known,
 }
 
 ibid_err ibid_calibrate(const ibid_reader *r, ibid_str sample, const ibid_calibration *known,
-                        const atomic_bool *cancel, ibid_calibration *out, ibid_buf *report) {
+                        const atomic_bool *cancel, ibid_calibration *out, ibid_cal_ranking *ranking,
+                        ibid_buf *report) {
     uint64_t start = ibid_now_ns();
     ibid_cal_sample s = {0};
     ibid_cal_bank *b = NULL;
     memset(out, 0, sizeof *out);
+    if (ranking) ranking->n = 0;
     out->head_dim = (uint32_t)r->model->head_dim;
     out->keys_weight = 0.5f;
     if (r->model->head_dim > IBID_HEAD_DIM_MAX || r->model->head_dim % 32) {
@@ -481,7 +491,7 @@ ibid_err ibid_calibrate(const ibid_reader *r, ibid_str sample, const ibid_calibr
         e = ibid_fail(IBID_INVAL, "the sample gives %zu chunks; %d are needed: use a longer text",
                       s.set.n_chunks, CHUNKS_MIN);
     if (!e) e = ibid_cal_bank_open(r, &s.set, cancel, &b);
-    if (!e) e = calibrate(b, known, out, report);
+    if (!e) e = calibrate(b, known, out, ranking, report);
     if (!e && report)
         (void)ibid_buf_printf(report, "sample: %zu chunks of %zu tokens, %zu questions, %.1f s\n",
                               s.set.n_chunks, b->chunk0[s.set.n_chunks], s.set.n_questions,

@@ -23,13 +23,21 @@
 #include "attention/plan/encode.h"
 #include "kvstore/kvstore.h"
 
+typedef struct ibid_cal_ranking { /* heads by how well each finds text alone, best first */
+    ibid_head heads[2 * IBID_INPUTS_MAX];
+    size_t n;
+} ibid_cal_ranking;
+
 /* sample: s NULL = the text built into the program. known: a calibration whose map is to be used
  * (a trained one) instead of the heads that are found, or NULL; thresholds come from the sample all
- * the same. report (may be NULL): a table for a person. A model without a useful head gives no map,
- * which is no error. End *out with ibid_calibration_fini. Errors: INVAL (a sample too short to
- * judge: under 16 chunks), MISMATCH (known is of another model), NOMEM, CANCELLED. */
+ * the same; if it names heads (for citations), no others are looked for. ranking may be NULL: it is
+ * filled unless heads were named. report (may be NULL): a table for a person. A model without a
+ * useful head gives no map, which is no error. End *out with ibid_calibration_fini. Errors: INVAL
+ * (a sample too short to judge: under 16 chunks), MISMATCH (known is of another model), NOMEM,
+ * CANCELLED. */
 ibid_err ibid_calibrate(const ibid_reader *r, ibid_str sample, const ibid_calibration *known,
-                        const atomic_bool *cancel, ibid_calibration *out, ibid_buf *report);
+                        const atomic_bool *cancel, ibid_calibration *out, ibid_cal_ranking *ranking,
+                        ibid_buf *report);
 
 /* ---- Its parts, for measuring on other questions ---- */
 

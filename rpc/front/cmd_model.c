@@ -113,13 +113,28 @@ static ibid_err read_sample(const char *path, ibid_buf *out) {
 }
 
 static int calibrate(ibid_cli *cli, ibid_service *s) {
-    ibid_buf sample, report;
+    ibid_buf sample, report, train, teacher;
     ibid_buf_init(&sample, 16 << 20);
-    ibid_buf_init(&report, 1 << 20);
-    const char *model = cli->n_args > 1 ? cli->args[1] : cli->o.model ? cli->o.model : "";
-    ibid_err e = cli->o.sample ? read_sample(cli->o.sample, &sample) : IBID_OK;
-    ibid_str text = {sample.data, sample.len};
-    if (!e) e = ibid_attn_calibrate(s->attention, model, text, &report);
+    ibid_buf_init(&report, 32 << 20);
+    ibid_buf_init(&train, 16 << 20);
+    ibid_buf_init(&teacher, 64 << 20);
+    const ibid_opts *o = &cli->o;
+    ibid_err e = o->sample ? read_sample(o->sample, &sample) : IBID_OK;
+    for (size_t i = 0; !e && i < o->train.n; i++) {
+        e = read_sample(o->train.v[i], &train);
+        if (!e) e = ibid_buf_puts(&train, "\n\n");
+    }
+    if (!e && o->teacher) e = read_sample(o->teacher, &teacher);
+    if (!e && (o->teacher || o->pairs) && !o->train.n)
+        e = ibid_fail(IBID_INVAL, "--teacher and --pairs need the text: --train FILE");
+    ibid_calibrate_request q = {.model = cli->n_args > 1 ? cli->args[1]
+                                         : o->model      ? o->model
+                                                         : "",
+                                .sample = {sample.data, sample.len},
+                                .train = {train.data, train.len},
+                                .teacher = {teacher.data, teacher.len},
+                                .pairs = o->pairs};
+    if (!e) e = ibid_attn_calibrate_as(s->attention, &q, &report);
     int status = 0;
     if (e)
         status = ibidi_report(cli, e);
@@ -130,6 +145,8 @@ static int calibrate(ibid_cli *cli, ibid_service *s) {
         (void)fputs(report.data ? report.data : "", stdout);
     ibid_buf_fini(&sample);
     ibid_buf_fini(&report);
+    ibid_buf_fini(&train);
+    ibid_buf_fini(&teacher);
     return status;
 }
 

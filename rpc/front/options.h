@@ -38,6 +38,10 @@ typedef struct ibid_opts {
     /* index, jobs */
     bool prune, resume, force, dry_run, detach;
     const char *pause_job, *resume_job, *cancel_job;
+    /* model calibrate */
+    ibid_many train;
+    const char *teacher;
+    bool pairs;
     /* eval */
     const char *corpus, *qrels, *squad, *ktrlf, *lengths, *needles, *svg, *out;
     ibid_many systems, plans, books;

@@ -145,7 +145,7 @@ static void heads(ready *x, data *d) {
     char name[64];
     uint64_t start = ibid_now_ns();
     ibid_buf_init(&report, 1 << 20);
-    CHECK(ibid_calibrate(&x->r, (ibid_str){NULL, 0}, NULL, NULL, c, &report));
+    CHECK(ibid_calibrate(&x->r, (ibid_str){NULL, 0}, NULL, NULL, c, NULL, &report));
     (void)printf("%scalibrated in %.1f s\n", report.data, ibid_ms_since(start) / 1000);
     ibid_cal_set set = {d->chunks, d->n_chunks, d->questions, d->n_questions};
     CHECK(ibid_cal_bank_open(&x->r, &set, NULL, &b));
