@@ -308,7 +308,10 @@ int ibidi_cmd_eval(ibid_cli *cli) {
     static const struct {
         const char *name;
         int (*run)(ibid_cli *);
-    } kinds[] = {{"retrieval", ibidi_eval_retrieval}};
+    } kinds[] = {{"retrieval", ibidi_eval_retrieval},
+                 {"qa", ibidi_eval_answers},
+                 {"find", ibidi_eval_find},
+                 {"long", ibidi_eval_long}};
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
         if (strcmp(cli->args[0], kinds[i].name) == 0) return kinds[i].run(cli);
     return ibidi_report(
