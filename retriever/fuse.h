@@ -4,17 +4,22 @@
 
 #include "rpc/base/err.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 
 /* One candidate: a score of NAN means that this search has nothing to say about it. */
 typedef struct ibidi_candidate {
     uint64_t document, chunk, block;
     double keys, lexical, score;
+    bool exact; /* holds a code or the few words that were asked for */
 } ibidi_candidate;
 
-/* score = weight * z(keys) + (1 - weight) * z(lexical), z over the candidates that have the score,
- * a missing one counting as the lowest seen (convex combination; arXiv:2210.11934 finds it above
- * reciprocal rank fusion). With one search only, its raw score. Then sorts by descending score;
- * ties by document and chunk, so that an answer never depends on the order of its input. */
-void ibidi_fuse(ibidi_candidate *c, size_t n, double keys_weight);
+/* score = weight * keys + (1 - weight) * lexical / most, most: the greatest BM25 any text could
+ * have for this question. A convex combination, which arXiv:2210.11934 finds above reciprocal rank
+ * fusion, over bounds instead of the candidates' spread: where no word of the question says
+ * anything, spread would blow up the noise of those that are left. A missing score counts as the
+ * lowest seen. With one search only, or most 0 (no word that counts), its raw score. Then sorts by
+ * descending score, exact ones first; ties by document and chunk, so that an answer never depends
+ * on the order of its input. */
+void ibidi_fuse(ibidi_candidate *c, size_t n, double keys_weight, double most);
 #endif

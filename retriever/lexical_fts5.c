@@ -15,6 +15,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+static const double K1 = 1.2; /* of FTS5's bm25 */
 enum { SCHEMA = 1, CHUNK_BITS = 24, TERMS_MAX = 256 };
 #define TITLE_WEIGHT 1.0
 #define TEXT_WEIGHT 1.0
@@ -457,17 +458,22 @@ static ibid_err terms_of(ibid_str question, terms *t) {
     return e;
 }
 
+static ibid_err quote(const terms *t, size_t i, const char *between, ibid_buf *out) {
+    ibid_err e = ibid_buf_puts(out, out->len ? between : "");
+    if (!e) e = ibid_buf_puts(out, "\"");
+    for (size_t j = 0; j < t->len[i] && !e; j++) {
+        e = ibid_buf_append(out, &t->s[i][j], 1);
+        if (!e && t->s[i][j] == '"') e = ibid_buf_append(out, "\"", 1);
+    }
+    return e ? e : ibid_buf_puts(out, "\"");
+}
+
 /* "word" OR "word": quoted, so that nothing in it is syntax. Function words only if alone. */
 static ibid_err match_text(const terms *t, ibid_buf *out) {
     ibid_err e = IBID_OK;
     for (size_t i = 0; i < t->n && !e; i++) {
         if (t->stop[i] && t->n_plain) continue;
-        e = ibid_buf_puts(out, out->len ? " OR \"" : "\"");
-        for (size_t j = 0; j < t->len[i] && !e; j++) {
-            e = ibid_buf_append(out, &t->s[i][j], 1);
-            if (!e && t->s[i][j] == '"') e = ibid_buf_append(out, "\"", 1);
-        }
-        if (!e) e = ibid_buf_puts(out, "\"");
+        e = quote(t, i, " OR ", out);
     }
     return e;
 }
@@ -556,6 +562,105 @@ static ibid_err rows_with(ibidi_lexical *l, const char *word, size_t n, uint64_t
     if (rc == SQLITE_ROW) *out = (uint64_t)sqlite3_column_int64(q, 0);
     ibid_err e = failed(l, rc, "count");
     sqlite3_finalize(q);
+    return e;
+}
+
+ibid_err ibidi_lexical_most(ibidi_lexical *l, ibid_str question, double *out) {
+    terms t;
+    uint64_t rows = 0, with = 0;
+    double sum = 0;
+    *out = 0;
+    ibid_err e = terms_of(question, &t);
+    if (e) return e;
+    e = ibidi_lexical_rows(l, &rows);
+    for (size_t i = 0; i < t.n && !e; i++) {
+        if (t.stop[i] && t.n_plain) continue;
+        if ((e = rows_with(l, t.s[i], t.len[i], &with))) break;
+        /* As FTS5 has it; a word that no text holds would weigh most. */
+        double idf = with ? log(((double)rows - (double)with + 0.5) / ((double)with + 0.5))
+                          : log((double)rows + 1);
+        sum += fmax(idf, 1e-6);
+    }
+    if (!e) *out = (K1 + 1) * sum;
+    terms_fini(&t);
+    return e;
+}
+
+/* Letters and digits in one word, but no ordinal or decade (19th, 1990s). */
+static bool is_code(const char *s, size_t n) {
+    size_t digits = 0, letters = 0, first = 0;
+    for (size_t i = 0; i < n; i++) {
+        bool digit = s[i] >= '0' && s[i] <= '9';
+        digits += digit;
+        letters += (s[i] >= 'a' && s[i] <= 'z') || (s[i] & 0x80);
+        if (digit && first == i) first++;
+    }
+    if (n < 3 || !digits || !letters) return false;
+    bool ordinal =
+        n - first == 2 && (memcmp(s + first, "st", 2) == 0 || memcmp(s + first, "nd", 2) == 0 ||
+                           memcmp(s + first, "rd", 2) == 0 || memcmp(s + first, "th", 2) == 0);
+    bool decade = first == n - 1 && s[n - 1] == 's';
+    return !ordinal && !decade;
+}
+
+/* Appends the rows that match, unless there are more than most. */
+static ibid_err rows_matching(ibidi_lexical *l, const ibid_buf *match, size_t most,
+                              ibidi_lexical_hit **out, size_t *n) {
+    sqlite3_stmt *q = NULL;
+    ibidi_lexical_hit *found = NULL;
+    size_t count = 0;
+    int rc = sqlite3_prepare_v2(l->db, "SELECT rowid, 0.0 FROM chunk WHERE chunk MATCH ?1 LIMIT ?2",
+                                -1, &q, NULL);
+    ibid_err e = failed(l, rc, "search");
+    if (!e) {
+        sqlite3_bind_text(q, 1, match->data, (int)match->len, SQLITE_STATIC);
+        sqlite3_bind_int64(q, 2, (sqlite3_int64)most + 1);
+        e = read_hits(l, q, most + 1, &found, &count);
+    }
+    if (!e && count && count <= most) {
+        ibidi_lexical_hit *more = ibid_realloc(*out, (*n + count) * sizeof **out);
+        if (more) {
+            *out = more;
+            memcpy(more + *n, found, count * sizeof *more);
+            *n += count;
+        } else {
+            e = ibid_fail(IBID_NOMEM, "out of memory for a search");
+        }
+    }
+    sqlite3_finalize(q);
+    ibid_free(found);
+    return e;
+}
+
+ibid_err ibidi_lexical_exact(ibidi_lexical *l, ibid_str question, ibidi_lexical_hit **out,
+                             size_t *n) {
+    ibid_buf match;
+    terms t;
+    size_t codes = 0;
+    *out = NULL;
+    *n = 0;
+    ibid_err e = terms_of(question, &t);
+    if (e) return e;
+    ibid_buf_init(&match, TERMS_MAX * (2 * IBIDI_WORD_MAX + 8));
+    for (size_t i = 0; i < t.n && !e; i++) {
+        if (!is_code(t.s[i], t.len[i])) continue;
+        codes++;
+        ibid_buf_clear(&match);
+        e = quote(&t, i, "", &match);
+        if (!e) e = rows_matching(l, &match, IBIDI_CODE_ROWS, out, n);
+    }
+    if (!e && !codes && t.n_plain && t.n_plain <= IBIDI_LOOKUP_WORDS) {
+        for (size_t i = 0; i < t.n && !e; i++)
+            if (!t.stop[i]) e = quote(&t, i, " AND ", &match);
+        if (!e) e = rows_matching(l, &match, IBIDI_LOOKUP_ROWS, out, n);
+    }
+    ibid_buf_fini(&match);
+    terms_fini(&t);
+    if (e) {
+        ibid_free(*out);
+        *out = NULL;
+        *n = 0;
+    }
     return e;
 }
 

@@ -46,6 +46,15 @@ typedef struct ibidi_lexical_hit {
  * these. */
 ibid_err ibidi_lexical_search(ibidi_lexical *l, ibid_str question, size_t limit,
                               ibidi_lexical_hit **out, size_t *n, bool *all);
+/* The greatest BM25 a text could have for the question, were every word in it without end: 2.2 (k1
+ * + 1) times the sum of the words' inverse frequencies, function words left out; 0: no word. */
+ibid_err ibidi_lexical_most(ibidi_lexical *l, ibid_str question, double *out);
+/* Chunks that a look-up means: those that hold a code of the question (a word of letters and digits
+ * that at most IBIDI_CODE_ROWS chunks hold), or all words of a question of at most
+ * IBIDI_LOOKUP_WORDS, if at most IBIDI_LOOKUP_ROWS do. *out is freed with ibid_free. */
+enum { IBIDI_CODE_ROWS = 3, IBIDI_LOOKUP_WORDS = 3, IBIDI_LOOKUP_ROWS = 10 };
+ibid_err ibidi_lexical_exact(ibidi_lexical *l, ibid_str question, ibidi_lexical_hit **out,
+                             size_t *n);
 /* Share 0..1 of the question's word weight (inverse frequency in this index, function words left
  * out) that a text holds; 0 when the question has no word. */
 ibid_err ibidi_lexical_share(ibidi_lexical *l, ibid_str question, ibid_str title, ibid_str text,

