@@ -362,38 +362,44 @@ ibid_wants ibid_question_wants(ibid_str question) {
     return IBID_WANTS_THING;
 }
 
+static bool begins_with_one(const char *text, const char *const *phrases, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (strncmp(text, phrases[i], strlen(phrases[i])) == 0) return true;
+    return false;
+}
+
 bool ibid_question_wants_fact(ibid_str question) {
-    static const char *const facts[] = {" what ",      " which ",     " who ",      " whom ",
-                                        " whose ",     " when ",      " where ",    " how many ",
-                                        " how much ",  " how long ",  " how old ",  " how far ",
-                                        " how large ", " how big ",   " how tall ", " how high ",
-                                        " how fast ",  " how often ", " name "};
+    static const char *const facts[] = {
+        " what ",      " which ",    " who ",      " whom ",     " whose ",    " when ",
+        " where ",     " how many ", " how much ", " how long ", " how old ",  " how far ",
+        " how large ", " how big ",  " how tall ", " how high ", " how fast ", " how often ",
+        " how did ",   " how was ",  " how were ", " how is ",   " how are ",  " name "};
     static const char *const talk[] = {" why ",
                                        " how do ",
                                        " how does ",
-                                       " how did ",
                                        " how can ",
-                                       " how is ",
-                                       " how are ",
-                                       " explain ",
-                                       " describe ",
-                                       " summarise ",
-                                       " summarize ",
+                                       " how should ",
+                                       " summary of ",
                                        " summary ",
-                                       " compare ",
-                                       " discuss ",
                                        " tell me about ",
                                        " tell me more ",
                                        " overview ",
                                        " in detail ",
                                        " step by step ",
-                                       " argue ",
-                                       " what happens ",
-                                       " what happened ",
-                                       " what is the difference ",
-                                       " pros and cons "};
+                                       " the difference between ",
+                                       " pros and cons ",
+                                       " explain how ",
+                                       " explain why "};
+    static const char *const orders[] = {" explain ",   " describe ", " summarise ", " summarize ",
+                                         " compare ",   " discuss ",  " outline ",   " argue ",
+                                         " elaborate ", " write ",    " translate "};
+    static const char *const polite[] = {" please ", " can you ", " could you "};
     char q[QUESTION_BYTES];
+    const char *at = q;
     plain_words(question, q, sizeof q);
+    for (size_t i = 0; i < sizeof polite / sizeof *polite; i++)
+        if (strncmp(at, polite[i], strlen(polite[i])) == 0) at += strlen(polite[i]) - 1;
+    if (begins_with_one(at, orders, sizeof orders / sizeof *orders)) return false;
     return !HAS_ONE(q, talk) && HAS_ONE(q, facts);
 }
 

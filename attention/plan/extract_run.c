@@ -6,8 +6,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Weights of what the model says beside what the text says (tools/train-extract). */
-static const double by_text = 0.32, by_first = 0.13, by_rest = 0.066, by_stop = 0.10, by_token = 0;
+/* Weights of what the model says beside what the text says (tools/train-extract): of the text's
+ * score, the logarithms of the likelihoods, the tokens, and the root of the first token's surprise,
+ * which keeps one unlikely first token from outweighing all the rest. */
+static const double by_text = 0.56, by_first = 0.05, by_rest = 0.07, by_stop = 0.096,
+                    by_token = 0.06, by_surprise = -0.32;
 
 enum { STARTS_MAX = 16 };
 
@@ -231,7 +234,8 @@ static void rank(ibid_extracted *o) {
     for (size_t i = 0; i < o->n; i++) {
         ibid_tried *t = &o->tried[i];
         t->score = by_text * t->span.score + by_first * t->first + by_rest * t->rest +
-                   by_stop * t->stop + by_token * (double)t->n_tokens;
+                   by_stop * t->stop + by_token * (double)t->n_tokens +
+                   by_surprise * sqrt(t->first < 0 ? -t->first : 0);
     }
     if (o->n) qsort(o->tried, o->n, sizeof *o->tried, better_first);
     for (size_t i = 0; i < o->n; i++) sum += exp(o->tried[i].score - o->tried[0].score);

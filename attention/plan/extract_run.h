@@ -17,7 +17,6 @@ typedef struct ibid_tried {
     size_t n_tokens;
     double first, rest; /* likelihood of its first token, of the others */
     double stop;        /* that the answer ends behind it */
-    double mass;        /* share of the attention on the blocks its tokens get, for their number */
     double score;
     double share; /* of all that were tried: softmax over score; sums to 1 */
 } ibid_tried;
