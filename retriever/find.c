@@ -16,7 +16,7 @@
 enum {
     MATCHES_MAX = 1000,
     QUERY_MAX = 1 << 20,
-    ASKED_MAX = 32,     /* entities the model is asked about, the best by all else */
+    ASKED_MAX = 12,     /* entities the model is asked about, the best by all else */
     PROMPT_MAX = 512,   /* bytes of the query it is asked with */
     SENTENCES_MAX = 20, /* returned where no entity answers */
     FEATURES = IBIDI_FEATURES
@@ -46,8 +46,9 @@ void ibidi_align_ends(const int32_t *ids, size_t n, const int32_t *have, const u
 }
 
 /* ---- The list of matches ---- */
-typedef enum kind { EXACT, FORM, NAME, SENTENCE } kind;
-static const char *const kind_names[] = {"exact", "form", "name", "sentence"};
+typedef enum kind { EXACT, FORM, NAME, SENTENCE, DATE, NUMBER, QUOTE, ADDRESS } kind;
+static const char *const kind_names[] = {"exact", "form",   "name",  "sentence",
+                                         "date",  "number", "quote", "address"};
 
 typedef struct span {
     uint64_t start, end;
@@ -71,9 +72,10 @@ typedef struct finder {
     size_t n, room, n_exact;
     double threshold, find_keys; /* of entities; of sentences, by the calibration */
     bool with_gain;
-    size_t scored;    /* chunks */
-    int32_t *best;    /* [n_entities, question tokens] */
-    double *scores;   /* [n_entities] probabilities */
+    size_t scored;  /* chunks */
+    int32_t *best;  /* [n_entities, question tokens] */
+    double *scores; /* [n_entities] probabilities */
+    ibidi_asked asked;
     double *features; /* [n_entities, FEATURES] */
 } finder;
 
@@ -329,14 +331,16 @@ static ibid_err rank(finder *f, const ibidi_asked *asked, ibidi_evidence *v, ran
     return IBID_OK;
 }
 
-/* Which of the ranked entities are matches: the first *n. */
-static size_t chosen(finder *f, const ranked *order, size_t n) {
+/* How many of the ranked entities, from the best on, are matches. */
+static size_t chosen(finder *f, const ranked *order, const ibidi_evidence *v, size_t n) {
     ibidi_rank_limits l = ibidi_rank_defaults(f->with_gain);
     size_t k = 0;
-    bool near_best = f->q->min_score < 0 && n && odds_to_share(order[0].score) >= l.floor;
-    f->threshold = f->q->min_score >= 0 ? f->q->min_score : l.threshold;
-    while (k < n && (odds_to_share(order[k].score) >= f->threshold ||
-                     (near_best && order[k].score >= order[0].score - l.within)))
+    bool given = f->q->min_score >= 0, any = !f->with_gain || given;
+    for (size_t i = 0; i < n && !any; i++) any = v[i].gain >= l.floor; /* NAN is not */
+    f->threshold = given ? f->q->min_score : l.threshold;
+    while (any && k < n &&
+           (odds_to_share(order[k].score) >= f->threshold ||
+            (!given && order[k].score >= order[0].score - l.within)))
         k++;
     return k;
 }
@@ -378,6 +382,35 @@ static ibid_err add_entities(finder *f, const ranked *order, size_t n) {
             e = add_span(f, (span){s->v[i].start, s->v[i].end, score, NAME, s->v[i].entity});
     }
     ibid_free(taken);
+    return e;
+}
+
+/* ---- Dates, numbers, quotes, addresses ---- */
+/* All of the kinds the question asks for; the better its words fit those around one, the higher. */
+static ibid_err add_kinds(finder *f) {
+    static const kind kinds[] = {[IBIDI_SPAN_DATE] = DATE,
+                                 [IBIDI_SPAN_NUMBER] = NUMBER,
+                                 [IBIDI_SPAN_QUOTE] = QUOTE,
+                                 [IBIDI_SPAN_ADDRESS] = ADDRESS};
+    const ibidi_candidates *c = f->found;
+    const ibidi_asking *q = &f->question.asking;
+    chunk_keys k = {.chunk = SIZE_MAX};
+    int32_t *best = ibid_calloc(q->n, sizeof *best);
+    ibid_err e = best ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory for a question");
+    for (size_t i = 0, s = 0; i < c->spans.n && !e; i++) {
+        const ibidi_mined *m = &c->spans.v[i];
+        if (m->kind == IBIDI_SPAN_NAME || !(f->asked.kinds & 1u << m->kind)) continue;
+        while (s < c->n_sentences && c->sentences[s].end <= m->start) s++;
+        const ibidi_place *p = s < c->n_sentences ? &c->sentences[s].at : &c->places[i];
+        double score = 0;
+        if (p->chunk < f->n_chunks && !(e = keys_of(f, p->chunk, &k)) && within(&k, p))
+            score = ibidi_maxsim_keys(f->r->kernels, q, k.keys + p->from * q->dim, p->to - p->from,
+                                      best);
+        score = 0.5 + 0.3 * fmax(0, fmin(1, score));
+        if (!e && score >= f->threshold && !holds_exact(f, m->start, m->end))
+            e = add_span(f, (span){m->start, m->end, score, kinds[m->kind], UINT32_MAX});
+    }
+    ibid_free(best);
     return e;
 }
 
@@ -429,7 +462,6 @@ static ibid_err explain(finder *f, const ranked *order, ibidi_matches *out) {
 static ibid_err find_entities(finder *f, ibidi_matches *out) {
     size_t n = f->found->spans.n_entities, tokens = f->question.asking.n;
     ibidi_words *words = NULL;
-    ibidi_asked asked;
     ibidi_evidence *v = ibid_calloc(n, sizeof *v);
     ranked *order = ibid_calloc(n, sizeof *order);
     f->scores = ibid_calloc(n, sizeof *f->scores);
@@ -439,11 +471,11 @@ static ibid_err find_entities(finder *f, ibidi_matches *out) {
                      ? ibidi_words_open(&words)
                      : ibid_fail(IBID_NOMEM, "out of memory for %zu candidates", n);
     for (size_t i = 0; i < n * tokens && !e; i++) f->best[i] = INT32_MIN;
-    if (!e) e = ibidi_asked_of(words, f->q->query, &asked);
+    if (!e) e = ibidi_asked_of(words, f->q->query, &f->asked);
     if (!e) e = score_mentions(f);
     if (!e) e = gather_evidence(f, v);
-    if (!e) e = rank(f, &asked, v, order);
-    if (!e) e = add_entities(f, order, chosen(f, order, n));
+    if (!e) e = rank(f, &f->asked, v, order);
+    if (!e) e = add_entities(f, order, f->asked.kinds ? 0 : chosen(f, order, v, n));
     if (!e && f->q->explain) e = explain(f, order, out);
     ibidi_words_close(words);
     ibid_free(v);
@@ -458,22 +490,31 @@ static int by_score(const void *a, const void *b) {
     return (x->end > y->end) - (x->end < y->end);
 }
 
+/* Drops all but the best sentences. */
+static void few_sentences(finder *f, size_t before) {
+    size_t kept = before, sentences = 0;
+    for (size_t i = before; i < f->n; i++)
+        if (f->spans[i].kind != SENTENCE || sentences++ < SENTENCES_MAX)
+            f->spans[kept++] = f->spans[i];
+    f->n = kept;
+}
+
 static ibid_err find_semantic(finder *f, ibidi_matches *out) {
-    size_t before = f->n, limit;
+    size_t before = f->n;
     ibidi_searched d = {f->r, f->snap, &f->doc, &f->c->model, text_of(f), f->chunks, f->n_chunks};
     ibid_err e = ibidi_question_weigh(&f->question, &f->c->view);
     if (!e) e = ibidi_candidates_get(&d, &f->found);
     if (!e) e = count_scored(f);
     if (!e) e = find_entities(f, out);
-    if (!e && f->n == before) e = add_sentences(f);
+    if (!e && f->asked.kinds) e = add_kinds(f);
+    if (!e && (f->n == before || f->asked.sentence)) e = add_sentences(f);
     if (e == IBID_UNAVAIL || e == IBID_TIMEOUT) { /* no token offsets: exact matches still stand */
         f->question.why = "the attention room does not answer";
         f->n = before;
         e = IBID_OK;
     }
     if (f->n > before) qsort(f->spans + before, f->n - before, sizeof *f->spans, by_score);
-    limit = before + SENTENCES_MAX;
-    if (f->n > limit && f->spans[before].kind == SENTENCE && f->q->min_score < 0) f->n = limit;
+    if (f->q->min_score < 0) few_sentences(f, before);
     return e;
 }
 

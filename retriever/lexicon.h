@@ -25,7 +25,12 @@ enum {
     IBIDI_LEX_ASK_PLACE = 1 << 13,  /* places, cities ... */
     IBIDI_LEX_ASK_ORG = 1 << 14,    /* organisations, teams ... */
     IBIDI_LEX_ASK_WORK = 1 << 15,   /* films, books, products, events ... */
-    IBIDI_LEX_LINK = 1 << 16 /* what follows it says more about what is asked for: in, that */
+    IBIDI_LEX_LINK = 1 << 16, /* what follows it says more about what is asked for: in, that */
+    IBIDI_LEX_ASK_DATE = 1 << 17,
+    IBIDI_LEX_ASK_NUMBER = 1 << 18,
+    IBIDI_LEX_ASK_QUOTE = 1 << 19,
+    IBIDI_LEX_ASK_ADDRESS = 1 << 20,
+    IBIDI_LEX_ASK_SENTENCE = 1 << 21 /* begins a question that no name answers: how, why, is */
 };
 
 /* Which lists hold a word, in lower case, without its period. */

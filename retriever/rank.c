@@ -28,6 +28,14 @@ static int take_stem(void *arg, const ibidi_word *w) {
     return 0;
 }
 
+static void ask_kinds(uint32_t lists, size_t i, ibidi_asked *q) {
+    if (lists & IBIDI_LEX_ASK_DATE) q->kinds |= 1u << IBIDI_SPAN_DATE;
+    if (lists & IBIDI_LEX_ASK_NUMBER) q->kinds |= 1u << IBIDI_SPAN_NUMBER;
+    if (lists & IBIDI_LEX_ASK_QUOTE) q->kinds |= 1u << IBIDI_SPAN_QUOTE;
+    if (lists & IBIDI_LEX_ASK_ADDRESS) q->kinds |= 1u << IBIDI_SPAN_ADDRESS;
+    if (i == 0 && lists & IBIDI_LEX_ASK_SENTENCE) q->sentence = true;
+}
+
 /* What is asked for stands before the first "in", "that", "of" ... behind a word that names a kind
  * of thing: "High schools | in Texas". */
 static size_t head_of(const ibidi_text_words *t, size_t bytes, ibidi_asked *q) {
@@ -39,7 +47,8 @@ static size_t head_of(const ibidi_text_words *t, size_t bytes, ibidi_asked *q) {
         q->place |= (l & IBIDI_LEX_ASK_PLACE) != 0;
         q->organization |= (l & IBIDI_LEX_ASK_ORG) != 0;
         q->work |= (l & IBIDI_LEX_ASK_WORK) != 0;
-        kind = q->person || q->place || q->organization || q->work;
+        if (i < 3) ask_kinds(l, i, q);
+        kind = q->person || q->place || q->organization || q->work || q->kinds;
     }
     return bytes;
 }

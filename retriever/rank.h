@@ -9,8 +9,10 @@
 
 enum { IBIDI_STEMS_MAX = 64 };
 
-typedef struct ibidi_asked {                               /* of the question */
-    bool person, place, organization, work;                /* what its head names */
+typedef struct ibidi_asked {                /* of the question */
+    bool person, place, organization, work; /* what its head names */
+    unsigned kinds; /* 1 << ibidi_span_kind: dates, numbers, quotes, addresses are asked for */
+    bool sentence;  /* it wants to be told something, not a list */
     uint64_t head[IBIDI_STEMS_MAX], rest[IBIDI_STEMS_MAX]; /* stems, hashed */
     size_t n_head, n_rest;
 } ibidi_asked;
@@ -61,7 +63,7 @@ void ibidi_rank_features(const ibidi_asked *q, const ibidi_entity *e, const ibid
 double ibidi_rank_score(const double f[IBIDI_FEATURES], bool with_gain);
 
 /* An entity is a match if its probability reaches the threshold, or lies within `within` (in ln
- * odds) of the best one's while that one reaches `floor`. */
+ * odds) of the best one's. None is if not even one has a gain of `floor`. */
 typedef struct ibidi_rank_limits {
     double threshold, within, floor;
 } ibidi_rank_limits;

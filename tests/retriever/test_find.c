@@ -3,6 +3,7 @@
 
 #include "retriever/find.h"
 #include "retriever/folded.h"
+#include "retriever/rank.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -243,11 +244,117 @@ static void test_find(void **state) {
     t_close(&t);
 }
 
+/* ---- Names ---- */
+static const char tale[] =
+    "The ship left Prague on 3 May 2019. Goldie Smith sang there, at the Jewish Community "
+    "Center.\n\nThe JCC paid 45 dollars. Smith was in Prague again. He likes boating and boats.";
+
+/* The model takes one name to be likelier behind a question, the rest to be less so. */
+static ibid_err t_likelihoods(void *arg, const ibid_hash *model, ibid_str prompt,
+                              const ibid_str *texts, size_t n, double *out) {
+    const char *liked = arg;
+    (void)model;
+    assert_true(prompt.n > 1 && prompt.s[prompt.n - 1] == ':');
+    for (size_t i = 0; i < n; i++) {
+        assert_true(texts[i].n > 1 && texts[i].s[0] == ' ');
+        bool names = t_eq(prompt, "Names:");
+        out[i] = names ? -20 : t_eq((ibid_str){texts[i].s + 1, texts[i].n - 1}, liked) ? -5 : -30;
+    }
+    return IBID_OK;
+}
+
+static ibid_err no_likelihoods(void *arg, const ibid_hash *model, ibid_str prompt,
+                               const ibid_str *texts, size_t n, double *out) {
+    (void)arg, (void)model, (void)prompt, (void)texts, (void)n, (void)out;
+    return ibid_fail(IBID_UNAVAIL, "nobody there");
+}
+
+/* Matches as "text kind entity", "|" between them. */
+static void expect_names(ibidi_retriever *r, const char *query, double min_score,
+                         const char *want) {
+    ibidi_matches m;
+    char got[2048] = "";
+    ibid_find_request q = {.collection = t_str("c"),
+                           .document = t_str("tale"),
+                           .query = t_str(query),
+                           .min_score = min_score};
+    assert_ok(ibidi_retriever_find(r, &q, &m));
+    for (size_t i = 0; i < m.n; i++) {
+        const ibid_match *x = &m.matches[i];
+        size_t len = strlen(got);
+        assert_memory_equal(x->text.s, tale + x->start, x->text.n);
+        assert_true(x->score >= 0 && x->score <= 1);
+        snprintf(got + len, sizeof got - len, "%s%.*s %.*s %d", len ? "|" : "", (int)x->text.n,
+                 x->text.s, (int)x->kind.n, x->kind.s, (int)x->entity);
+        if (x->entity) assert_true(x->name.n >= x->text.n);
+    }
+    if (strcmp(got, want) != 0) print_error("'%s'\n got %s\nwant %s\n", query, got, want);
+    assert_string_equal(got, want);
+    ibidi_matches_close(&m);
+}
+
+static void test_find_names(void **state) {
+    (void)state;
+    t_store t;
+    ibidi_retriever *r;
+    char liked[] = "Prague";
+    t_open(&t);
+    t_put(&t, "c", "tale", "Tale", tale, NULL);
+    ibidi_retriever_opts o = t_opts(&t);
+    o.hooks.arg = liked;
+    o.hooks.likelihoods = t_likelihoods;
+    assert_ok(ibidi_retriever_open(&o, &r));
+    /* every mention of the one that answers, in the order of the text */
+    expect_names(r, "zebra places", -1, "Prague name 1|Prague name 1");
+    strcpy(liked, "");
+    expect_names(r, "zebra places", 0.9, ""); /* none is likely: an empty answer */
+    /* other forms of a name that is found exactly; of words */
+    expect_names(r, "JCC", 0.8, "JCC exact 0|Jewish Community Center form 3");
+    expect_names(r, "Goldie Smith", 0.8, "Goldie Smith exact 0|Smith form 2");
+    expect_names(r, "boats", 0.8, "boats exact 0|boating form 0");
+    expect_names(r, "all dates", 0.4, "3 May 2019 date 0");
+    expect_names(r, "numbers", 0.4, "45 dollars number 0");
+    /* the slider at its lowest end: every name; and what an explanation lists */
+    ibidi_matches m;
+    ibid_find_request q = {.collection = t_str("c"),
+                           .document = t_str("tale"),
+                           .query = t_str("zebra"),
+                           .explain = true};
+    assert_ok(ibidi_retriever_find(r, &q, &m));
+    assert_int_equal(m.n, 6);
+    assert_int_equal(m.n_candidates, 3);
+    for (size_t i = 0; i < 3; i++) {
+        assert_int_equal(m.candidates[i].mentions, 2);
+        assert_int_equal(m.candidates[i].n_features, IBIDI_FEATURES);
+        if (i) assert_true(m.candidates[i].score <= m.candidates[i - 1].score);
+    }
+    ibidi_matches_close(&m);
+    ibidi_retriever_close(r);
+    /* without the model's pass, as asked or because nobody answers, the rest still ranks */
+    o.hooks.likelihoods = no_likelihoods;
+    assert_ok(ibidi_retriever_open(&o, &r));
+    q.fast = true;
+    for (int i = 0; i < 2; i++, q.fast = false) {
+        assert_ok(ibidi_retriever_find(r, &q, &m));
+        assert_int_equal(m.n, 6);
+        assert_null(m.degraded);
+        ibidi_matches_close(&m);
+    }
+    /* a changed document is mined again */
+    t_put(&t, "c", "tale", "Tale", "Now only Vienna is left, in Vienna.", NULL);
+    assert_ok(ibidi_retriever_find(r, &q, &m));
+    assert_int_equal(m.n, 2);
+    assert_true(t_eq(m.matches[0].text, "Vienna"));
+    ibidi_matches_close(&m);
+    ibidi_retriever_close(r);
+    t_close(&t);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_occurrences), cmocka_unit_test(test_long),
         cmocka_unit_test(test_sentences),   cmocka_unit_test(test_align),
-        cmocka_unit_test(test_find),
+        cmocka_unit_test(test_find),        cmocka_unit_test(test_find_names),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
