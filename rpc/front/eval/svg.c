@@ -10,7 +10,8 @@ enum {
     BOTTOM = 44,
     GAP = 26,
     HEAD = 40,
-    LEGEND = 46
+    LEGEND = 46,
+    TITLE_W = 210
 };
 
 static ibid_err put_text(ibid_buf *out, const char *s) {
@@ -91,8 +92,8 @@ static ibid_err legend(size_t x, size_t y, ibid_buf *out) {
 ibid_err ibidi_eval_svg(const ibidi_grid *g, ibid_buf *out) {
     size_t per = g->per_line ? g->per_line : 1, lines = (g->n_panels + per - 1) / per;
     size_t w = LEFT + g->n_columns * CELL_W + GAP, h = TOP + g->n_rows * CELL_H + BOTTOM;
-    size_t width = per * w + GAP, least = 320;
-    if (width < least) width = least;
+    if (w < LEFT + TITLE_W) w = LEFT + TITLE_W;
+    size_t width = per * w + GAP;
     ibid_err e = ibid_buf_printf(
         out,
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%zu\" height=\"%zu\" "
