@@ -4,6 +4,9 @@ target_link_libraries(bench_attention PRIVATE ibid_attention PkgConfig::JANSSON 
 # Tokens per second of concurrent answers.
 add_executable(bench_streams ${CMAKE_CURRENT_LIST_DIR}/../bench/streams.c)
 target_link_libraries(bench_streams PRIVATE ibid_attention Threads::Threads ibid_flags)
+# What tools/train-extract reads.
+add_executable(bench_extract ${CMAKE_CURRENT_LIST_DIR}/../bench/extract.c)
+target_link_libraries(bench_extract PRIVATE ibid_attention PkgConfig::JANSSON ibid_flags)
 # First token over a store that is cold, cached and warm.
 add_executable(bench_stored ${CMAKE_CURRENT_LIST_DIR}/../bench/stored.c)
 target_link_libraries(bench_stored PRIVATE ibid_attention ibid_flags)
@@ -19,6 +22,9 @@ foreach(backend avx2 avxvnni)
 endforeach()
 ibid_test(attention.calibration
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_calibration.c
+  LIBS ibid_calibration)
+ibid_fuzz(calibration
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/../fuzz/calibration.c
   LIBS ibid_calibration)
 ibid_test(attention.head_train
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_head_train.c
