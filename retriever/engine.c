@@ -31,7 +31,9 @@ ibid_err ibidi_retriever_open(const ibidi_retriever_opts *o, ibidi_retriever **o
         ibid_free(r);
         return e;
     }
-    if (!r->o.keys.threads) r->o.keys.threads = ibid_pool_size(r->pool);
+    if (!r->o.keys.threads)
+        r->o.keys.threads = (ibid_pool_size(r->pool) + 1) / 2; /* others search */
+    r->o.keys.kernels = r->kernels;
     pthread_mutex_init(&r->pool_mu, NULL);
     pthread_mutex_init(&r->mu, NULL);
     pthread_condattr_t attr;

@@ -20,6 +20,7 @@ ibidi_keyindex_facts ibidi_keyindex_told(const ibidi_keyindex *x) {
                                   .dead_rows = x->dead_rows,
                                   .extra_rows = x->extra_rows,
                                   .trained_rows = x->trained_rows,
+                                  .bytes = x->size,
                                   .cells = x->n_cells,
                                   .probes = x->probes,
                                   .extra = x->extra,
@@ -219,7 +220,7 @@ static int best_first(const void *a, const void *b) {
 static void select_best(scored *s, size_t m, size_t n) {
     size_t lo = 0, hi = m;
     while (hi - lo > 1 && n > lo && n < hi) {
-        scored pivot = s[lo + (hi - lo) / 2];
+        scored pivot = s[lo + (hi - lo - 1) / 2]; /* never the last: then hi would not move */
         size_t i = lo, j = hi - 1;
         for (;;) {
             while (best_first(&s[i], &pivot) < 0) i++;

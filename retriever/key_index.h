@@ -77,7 +77,7 @@ ibid_err ibidi_keyindex_follow(ibidi_keyindex *x, uint64_t block, size_t n_token
 
 typedef struct ibidi_keyindex_facts {
     ibidi_keyindex_stamp stamp;
-    uint64_t rows, dead_rows, extra_rows, trained_rows;
+    uint64_t rows, dead_rows, extra_rows, trained_rows, bytes; /* of the file */
     size_t cells, probes;
     const uint64_t *extra; /* [n_extra] live blocks that are not in the file, ascending */
     size_t n_extra;

@@ -12,19 +12,20 @@
 #include <unistd.h>
 
 enum {
-    CELL_ROWS = 128,     /* tokens a cell stands for */
-    HEAD_TOKENS = 24,    /* a block's first tokens know as little before them as a question's do */
-    COARSE_SAMPLE = 128, /* training rows per cell of the first level, and of the second */
-    FINE_SAMPLE = 48,
-    COARSE_ROUNDS = 8,
-    FINE_ROUNDS = 6,
+    CELL_ROWS = 128,    /* tokens a cell stands for */
+    HEAD_TOKENS = 24,   /* a block's first tokens know as little before them as a question's do */
+    COARSE_SAMPLE = 64, /* training rows per cell of the first level, and of the second */
+    FINE_SAMPLE = 32,
+    COARSE_ROUNDS = 6,
+    FINE_ROUNDS = 4,
     ASSIGN = 1024, /* rows a thread takes at a time */
     TRIALS = 24,   /* pseudo-questions for choosing probes */
     TRIAL_TOKENS = 16,
     TRIAL_TOP = 10,
+    PROBES_MIN = 16, /* a block's tokens find each other more easily than real questions do */
     PROBES_MAX = 64
 };
-#define TRIAL_RECALL 0.99
+#define TRIAL_RECALL 0.995
 
 typedef struct build {
     const ibidi_keyindex_opts *o;
@@ -354,7 +355,7 @@ static ibid_err choose_probes(const build *b, ibidi_keyindex *x) {
     trial *t = ibid_calloc(TRIALS, sizeof *t);
     if (!blocks || !t) e = ibid_fail(IBID_NOMEM, "out of memory for trials");
     for (size_t i = 0; i < TRIALS && !e; i++) make_trial(b, x, i, &t[i]);
-    for (x->probes = 4; !e; x->probes *= 2) {
+    for (x->probes = PROBES_MIN; !e; x->probes *= 2) {
         found = total = 0;
         for (size_t i = 0; i < TRIALS && !e; i++) {
             e = ibidi_keyindex_candidates(x, b->o->kernels, NULL, &t[i].q, x->probes, blocks,
