@@ -328,7 +328,7 @@ if __name__ == "__main__":
         "--inputs", type=head_list, default=head_list("2.1,3.1,4.1,5.0,6.2,7.0,8.2,9.0"), help="LAYER.HEAD,..."
     )
     a.add_argument("--raw", type=lambda x: head_list(x)[0], default=(9, 0), help="the input that also goes in raw")
-    a.add_argument("--raw-share", type=float, default=0.5)
+    a.add_argument("--raw-share", type=float, default=0.4)
     a.add_argument("--trained-share", type=float, default=0.35, help="the raw part's share while training")
     a.add_argument("--dim", type=int, default=64)
     a.add_argument("--hidden", type=int, default=128)
