@@ -514,7 +514,7 @@ static ibid_err run(gather *g, size_t top, ibidi_found *out) {
     bool calibrated = g->question->usable && ibidi_engine_calibration(g->snap, &g->c->model, &cal);
     if (!e && fuses) e = ibidi_lexical_most(g->c->lexical, g->q->question, &most);
     if (!e && fuses) e = mark_exact(g);
-    ibidi_fuse(g->cands, g->n, calibrated ? (double)cal.keys_weight : 0.5, most);
+    ibidi_fuse(g->cands, g->n, calibrated ? (double)cal.keys_weight : 0, most);
     if (!e) e = fill_hits(g, top, out);
     if (!e) e = judge(g, calibrated ? &cal : NULL, out);
     out->generation = g->c->generation;

@@ -262,7 +262,7 @@ static bool get_small(const ibid_val *root, bool old, ibid_calibration *c) {
     c->find = numbers[3];
     c->recall1 = numbers[4];
     c->margin = numbers[5];
-    c->keys_weight = old ? 0.5f : numbers[6];
+    c->keys_weight = old ? IBID_KEYS_WEIGHT : numbers[6];
     if (!(c->keys_weight >= 0 && c->keys_weight <= 1)) return false;
     if (ibid_get_str(root, "note", &note, &n) && n <= IBID_NOTE_MAX && !memchr(note, 0, n))
         memcpy(c->note, note, n);

@@ -476,7 +476,7 @@ ibid_err ibid_calibrate(const ibid_reader *r, ibid_str sample, const ibid_calibr
     memset(out, 0, sizeof *out);
     if (ranking) ranking->n = 0;
     out->head_dim = (uint32_t)r->model->head_dim;
-    out->keys_weight = 0.5f;
+    out->keys_weight = IBID_KEYS_WEIGHT;
     if (r->model->head_dim > IBID_HEAD_DIM_MAX || r->model->head_dim % 32) {
         out->head_dim = 0;
         if (report)

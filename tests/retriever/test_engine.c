@@ -2,7 +2,10 @@
  * scoring agree, damaged and stale files are built again. */
 #include "support.h"
 
+#include "rpc/base/clock.h"
+
 #include <math.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/stat.h>
@@ -87,6 +90,47 @@ static void test_search(void **state) {
     q.question = t_str("?");
     assert_ok(ibidi_retriever_search(r, &q, &f));
     ibidi_found_close(&f);
+    ibidi_retriever_close(r);
+    t_close(&t);
+}
+
+/* Keys that say the same whatever is asked. */
+static ibid_err deaf_keys(void *arg, const ibid_hash *model, ibid_str question,
+                          ibid_question_keys *out) {
+    (void)question;
+    return t_question_keys(arg, model, t_str("The boat left the harbour at dawn."), out);
+}
+
+/* A code or a name that stands in one chunk of many is found first, whatever keys say; and what it
+ * stands in is not forced to the front of other questions. */
+static void test_exact(void **state) {
+    (void)state;
+    t_store t;
+    char id[32], got[1024];
+    t_open(&t);
+    for (int i = 0; i < 60; i++) {
+        snprintf(id, sizeof id, "boat%d", i);
+        t_put(&t, "c", id, "Harbour", "The boat left the harbour at dawn.", NULL);
+    }
+    t_put(&t, "c", "part", "Repairs", "Pump QX-4711 was replaced twice last winter.", NULL);
+    t_put(&t, "c", "keeper", "People", "Halvard Brekke kept a light in the north.", NULL);
+    ibidi_retriever_opts o = t_opts(&t);
+    ibidi_retriever *r = open_r(&o);
+    for (int deaf = 0; deaf < 2; deaf++) {
+        expect(r, "c", "QX-4711", "part");
+        expect(r, "c", "Did the boat that left the harbour at dawn need qx4711?", "part");
+        expect(r, "c", "Halvard Brekke", "keeper");
+        expect(r, "c", "brekke", "keeper");
+        t_search(r, "c", "boat harbour", 3, got);
+        assert_null(strstr(got, "part"));
+        assert_null(strstr(got, "keeper"));
+        /* Numbers and ordinals are no codes. */
+        t_search(r, "c", "Did the boat leave the harbour at dawn in the 19th or in 1850?", 3, got);
+        assert_null(strstr(got, "part"));
+        ibidi_retriever_close(r);
+        o.hooks.question_keys = deaf_keys;
+        r = open_r(&o);
+    }
     ibidi_retriever_close(r);
     t_close(&t);
 }
@@ -324,13 +368,37 @@ static void question_of(uint64_t *seed, char out[256]) {
                                                            : 1000 + t_rnd(seed) % 4000));
 }
 
+/* Four documents in a hundred pass: all of them come, however far down they are. */
+static void rare_ones(ibidi_retriever *r, char out[1024]) {
+    ibidi_found f;
+    ibid_filter filter = {t_str("rare"), t_str("yes")};
+    ibid_search_request q = {.collection = t_str("c"),
+                             .question = t_str("w3 w7 w12 w1500"),
+                             .filters = &filter,
+                             .n_filters = 1};
+    assert_ok(ibidi_retriever_search(r, &q, &f));
+    assert_int_equal(f.n, 4);
+    out[0] = '\0';
+    for (size_t i = 0; i < f.n; i++)
+        snprintf(out + strlen(out), 1024 - strlen(out), "%.*s ", (int)f.hits[i].id.n,
+                 f.hits[i].id.s);
+    ibidi_found_close(&f);
+}
+
 static void test_two_ways(void **state) {
     (void)state;
     t_store t;
+    char rare[2][1024];
     uint64_t seed = 2024, same = 0, total = 0;
     print_message("seed %llu\n", (unsigned long long)seed);
     t_open(&t);
     random_docs(&t, 400, &seed);
+    for (int i = 0; i < 4; i++) {
+        char id[16], text[64];
+        snprintf(id, sizeof id, "rare%d", i);
+        snprintf(text, sizeof text, "w%d w%d w%d w%d", 7 + i, 600 + i, 4000 + i, 700 + i);
+        t_put(&t, "c", id, "Random", text, "{\"rare\":\"yes\"}");
+    }
     ibidi_retriever_opts o = t_opts(&t), small = o;
     small.exact_tokens = 1;
     small.keys = (ibidi_keyindex_opts){.min_rows = 1, .cells_min = 1000, .cell_rows = 32};
@@ -341,6 +409,7 @@ static void test_two_ways(void **state) {
         question_of(&seed, question[i]);
         t_search(exact, "c", question[i], 10, answers[i]);
     }
+    rare_ones(exact, rare[0]);
     ibidi_retriever_close(exact); /* the lexical index has one owner */
     ibidi_retriever *index = open_r(&small);
     assert_ok(ibidi_retriever_settle(index));
@@ -359,6 +428,8 @@ static void test_two_ways(void **state) {
                   (double)same / (double)total);
     assert_int_equal(total, 400);
     assert_true(same * 100 >= total * 98);
+    rare_ones(index, rare[1]);
+    assert_string_equal(rare[0], rare[1]);
     /* documents the key index has not got yet are found at once */
     t_put(&t, "c", "new", "Fresh", "the vessel of tomorrow", NULL);
     expect(index, "c", "ship", "new");
@@ -604,13 +675,75 @@ static void test_threads(void **state) {
     t_close(&t);
 }
 
+typedef struct patient {
+    ibidi_retriever *r;
+    atomic_int searches;
+    atomic_bool stop;
+    double longest_ms;
+} patient;
+
+static void *ask_on(void *arg) {
+    patient *p = arg;
+    while (!atomic_load(&p->stop)) {
+        ibidi_found f;
+        ibid_search_request q = {.collection = t_str("c"), .question = t_str("vessel"), .top = 3};
+        if (ibidi_retriever_search(p->r, &q, &f) != IBID_OK) return "failed";
+        bool right = f.n == 3 && t_eq(f.hits[0].id, "sea");
+        if (f.total_ms > p->longest_ms) p->longest_ms = f.total_ms;
+        ibidi_found_close(&f);
+        if (!right) return "wrong";
+        atomic_fetch_add(&p->searches, 1);
+    }
+    return NULL;
+}
+
+/* Searches go on while an index that lost a third of its blocks is built again. */
+static void test_no_pause(void **state) {
+    (void)state;
+    t_store t;
+    pthread_t th;
+    uint64_t seed = 31;
+    void *why = NULL;
+    t_open(&t);
+    basic(&t);
+    random_docs(&t, 240, &seed);
+    ibidi_retriever_opts o = t_opts(&t);
+    o.exact_tokens = 1000;
+    o.keys = (ibidi_keyindex_opts){
+        .min_rows = 1, .cells_min = 1000, .cell_rows = 4, .extra_rows = 1, .threads = 1};
+    ibidi_retriever *r = open_r(&o);
+    assert_ok(ibidi_retriever_settle(r));
+    for (int i = 0; i < 80; i++) {
+        char id[32];
+        snprintf(id, sizeof id, "r%d", i);
+        t_delete(&t, "c", id);
+    }
+    patient p = {.r = r};
+    assert_int_equal(pthread_create(&th, NULL, ask_on, &p), 0);
+    while (atomic_load(&p.searches) < 3) usleep(1000);
+    int before = atomic_load(&p.searches);
+    uint64_t start = ibid_now_ns();
+    assert_ok(ibidi_retriever_settle(r));
+    double ms = ibid_ms_since(start);
+    int during = atomic_load(&p.searches) - before;
+    atomic_store(&p.stop, true);
+    pthread_join(th, &why);
+    if (why) fail_msg("%s", (char *)why);
+    print_message("%d searches during %.0f ms of building; the longest took %.1f ms\n", during, ms,
+                  p.longest_ms);
+    assert_true(during >= 3);
+    ibidi_retriever_close(r);
+    t_close(&t);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_search),          cmocka_unit_test(test_updates),
-        cmocka_unit_test(test_filters),         cmocka_unit_test(test_degraded),
-        cmocka_unit_test(test_recalibrated),    cmocka_unit_test(test_two_ways),
-        cmocka_unit_test(test_damage),          cmocka_unit_test(test_store_comes_late),
-        cmocka_unit_test(test_store_went_back), cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_search),           cmocka_unit_test(test_exact),
+        cmocka_unit_test(test_updates),          cmocka_unit_test(test_filters),
+        cmocka_unit_test(test_degraded),         cmocka_unit_test(test_recalibrated),
+        cmocka_unit_test(test_two_ways),         cmocka_unit_test(test_damage),
+        cmocka_unit_test(test_store_comes_late), cmocka_unit_test(test_store_went_back),
+        cmocka_unit_test(test_threads),          cmocka_unit_test(test_no_pause),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
