@@ -77,8 +77,10 @@ static ibid_err baselines(struct finding *t, size_t i) {
 static ibid_err run(struct finding *t) {
     uint64_t said = 0;
     ibid_err e = ibidi_eval_index(&t->ev, "find");
+    FILE *out = t->ev.out;
+    t->ev.out = NULL;
     if (!e) e = ours(t, 0); /* brings the index forward, fills the caches */
-    if (!e && t->ev.out && fseek(t->ev.out, 0, SEEK_SET) != 0) e = IBID_IO;
+    t->ev.out = out;
     for (size_t i = 0; !e && i < t->set.n_questions; i++) {
         e = ibidi_eval_go_on();
         if (!e) e = ours(t, i);
