@@ -37,7 +37,6 @@ ibid_err ibidi_retriever_open(const ibidi_retriever_opts *o, ibidi_retriever **o
     pthread_mutex_init(&r->pool_mu, NULL);
     pthread_mutex_init(&r->mu, NULL);
     pthread_condattr_t attr;
-    r->o.keys.kernels = r->kernels;
     pthread_condattr_init(&attr);
     pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
     pthread_cond_init(&r->wake, &attr);
