@@ -123,6 +123,30 @@ static void odd_texts(void **state) {
     assert_true(spans("", (const char *const[]){skerry}, 1, 8, s) == 8);
 }
 
+/* Pieces of text and stray bytes in any order: spans stay inside the text and its sentences. */
+static void random_texts(void **state) {
+    static const char *const bits[] = {
+        "The ", "Rome", "1874",  " ",    ".",  "\n",          "\xE2\x80\x99", "\xC3",
+        "Dr.",  "? ",   "U.S. ", "3.5%", "$",  "caf\xC3\xA9", "\xE3\x80\x82", "-",
+        "'s",   " of ", " and ", ", ",   "\"", "who ",        "\xE2\x80",     "("};
+    uint32_t x = 20261121;
+    char text[2][512];
+    ibid_span s[8];
+    (void)state;
+    print_message("seed %u\n", x);
+    for (size_t round = 0; round < 4000; round++) {
+        for (size_t k = 0; k < 2; k++) {
+            text[k][0] = '\0';
+            for (size_t i = round % 40; i > 0; i--) {
+                x = x * 1664525 + 1013904223;
+                strcat(text[k], bits[(x >> 16) % (sizeof bits / sizeof *bits)]);
+            }
+        }
+        (void)spans(text[0], (const char *const[]){text[1]}, 1, 8, s);
+        (void)ibid_question_wants_fact(str(text[0]));
+    }
+}
+
 static void around(void **state) {
     ibid_str t = str(skerry);
     const char *at = strstr(skerry, "Halvard");
@@ -145,7 +169,7 @@ static void around(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(wants),     cmocka_unit_test(order),  cmocka_unit_test(sentences),
-        cmocka_unit_test(odd_texts), cmocka_unit_test(around),
+        cmocka_unit_test(odd_texts), cmocka_unit_test(around), cmocka_unit_test(random_texts),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
