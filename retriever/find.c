@@ -16,7 +16,7 @@
 enum {
     MATCHES_MAX = 1000,
     QUERY_MAX = 1 << 20,
-    ASKED_MAX = 12,     /* entities the model is asked about, the best by all else */
+    ASKED_MAX = 8,      /* entities the model is asked about, the best by all else */
     PROMPT_MAX = 512,   /* bytes of the query it is asked with */
     SENTENCES_MAX = 20, /* returned where no entity answers */
     FEATURES = IBIDI_FEATURES

@@ -118,6 +118,13 @@ static ibid_err check(const ibid_model *m, const ibid_ids *prompt, const ibid_id
     return IBID_OK;
 }
 
+/* Rows whose logits a pass needs at most; the prompt needs one. */
+static size_t most_rows(const ibid_ids *texts, size_t n) {
+    size_t rows = 1;
+    for (size_t i = 0; i < n && rows < ROWS; i++) rows += tokens_of(&texts[i]);
+    return rows < ROWS ? rows : ROWS;
+}
+
 ibid_err ibid_likelihoods(ibid_engine *e, ibid_sched *sched, const ibid_ids *prompt,
                           const ibid_ids *texts, size_t n, double *out) {
     reading r = {.engine = e, .sched = sched, .model = ibid_engine_model(e), .n_prompt = prompt->n};
@@ -125,7 +132,7 @@ ibid_err ibid_likelihoods(ibid_engine *e, ibid_sched *sched, const ibid_ids *pro
     if (err) return err;
     size_t positions = prompt->n + IBID_LIKELIHOOD_TOKENS;
     r.positions = ibid_alloc(positions * sizeof *r.positions);
-    r.logits = ibid_calloc(ROWS * r.model->n_vocab, sizeof *r.logits);
+    r.logits = ibid_alloc(most_rows(texts, n) * r.model->n_vocab * sizeof *r.logits);
     if (!r.positions || !r.logits) err = ibid_fail(IBID_NOMEM, "no memory for likelihoods");
     for (size_t i = 0; i < positions && !err; i++) r.positions[i] = (uint32_t)i;
     if (!err) err = read_prompt(&r, prompt);

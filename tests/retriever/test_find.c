@@ -198,7 +198,7 @@ static void test_find(void **state) {
     assert_false(m.matches[1].exact);
     assert_true(t_eq(m.matches[1].text, "A vessel came in late without lights."));
     assert_true(t_eq(m.matches[1].locator, "page 1"));
-    assert_true(m.matches[1].score > 0.6 && m.coverage == 1);
+    assert_true(m.matches[1].score >= m.threshold && m.coverage == 1);
     assert_null(m.degraded);
     ibidi_matches_close(&m);
 
