@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 enum { IBID_HEADS_MAX = 8, IBID_NOTE_MAX = 1000 };
-#define IBID_KEYS_WEIGHT 0.7f /* of raw keys, fused with words */
+#define IBID_KEYS_WEIGHT 0.6f /* of raw keys, fused with words */
 
 typedef struct ibid_calibration {
     /* Of what makes token keys: the map, not the numbers. All zero: no retrieval head (lexical

@@ -39,6 +39,19 @@ static void test_weights(void **state) {
     assert_near(c[0].score, 0.9, 1e-12);
 }
 
+/* The best hit's share of what words could say opens the gate for all. */
+static void test_gate(void **state) {
+    (void)state;
+    static const double best[] = {1, 2, 2.5, 3, 9, 20}, gate[] = {0, 0, 0.5, 1, 1, 1};
+    for (size_t i = 0; i < 6; i++) {
+        ibidi_candidate c[2] = {cand(1, 0.5, best[i]), cand(2, 0.5, 1)};
+        ibidi_fuse(c, 2, 0.6, 10);
+        assert_int_equal(c[0].document, 1);
+        assert_near(c[0].score, 0.6 * 0.5 + 0.4 * gate[i] * fmin(best[i] / 10, 1), 1e-12);
+        assert_near(c[1].score, 0.6 * 0.5 + 0.4 * gate[i] * 0.1, 1e-12);
+    }
+}
+
 /* What holds the very code comes first, whatever the scores say; among such, by score. */
 static void test_exact(void **state) {
     (void)state;
@@ -69,9 +82,9 @@ static void test_missing(void **state) {
     assert_near(m[1].score, m[2].score, 1e-12);
     assert_int_equal(m[1].document, 1); /* a tie goes by number */
     ibidi_fuse(NULL, 0, 0.5, 10);
-    ibidi_candidate one[1] = {cand(9, 0.5, 1)};
+    ibidi_candidate one[1] = {cand(9, 0.5, 4)};
     ibidi_fuse(one, 1, 0.5, 10);
-    assert_near(one[0].score, 0.5 * 0.5 + 0.5 * 0.1, 1e-12);
+    assert_near(one[0].score, 0.5 * 0.5 + 0.5 * 0.4, 1e-12);
 }
 
 static void test_order_free(void **state) {
@@ -100,9 +113,9 @@ static void test_order_free(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_formula),    cmocka_unit_test(test_weights),
-        cmocka_unit_test(test_exact),      cmocka_unit_test(test_missing),
-        cmocka_unit_test(test_order_free),
+        cmocka_unit_test(test_formula), cmocka_unit_test(test_weights),
+        cmocka_unit_test(test_gate),    cmocka_unit_test(test_exact),
+        cmocka_unit_test(test_missing), cmocka_unit_test(test_order_free),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
