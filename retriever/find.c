@@ -475,7 +475,9 @@ static ibid_err find_entities(finder *f, ibidi_matches *out) {
     if (!e) e = score_mentions(f);
     if (!e) e = gather_evidence(f, v);
     if (!e) e = rank(f, &f->asked, v, order);
-    if (!e) e = add_entities(f, order, f->asked.kinds ? 0 : chosen(f, order, v, n));
+    if (!e)
+        e = add_entities(f, order,
+                         f->asked.kinds || f->asked.sentence ? 0 : chosen(f, order, v, n));
     if (!e && f->q->explain) e = explain(f, order, out);
     ibidi_words_close(words);
     ibid_free(v);
@@ -507,7 +509,7 @@ static ibid_err find_semantic(finder *f, ibidi_matches *out) {
     if (!e) e = count_scored(f);
     if (!e) e = find_entities(f, out);
     if (!e && f->asked.kinds) e = add_kinds(f);
-    if (!e && (f->n == before || f->asked.sentence)) e = add_sentences(f);
+    if (!e && f->n == before) e = add_sentences(f);
     if (e == IBID_UNAVAIL || e == IBID_TIMEOUT) { /* no token offsets: exact matches still stand */
         f->question.why = "the attention room does not answer";
         f->n = before;

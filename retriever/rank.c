@@ -59,6 +59,8 @@ ibid_err ibidi_asked_of(ibidi_words *w, ibid_str question, ibidi_asked *out) {
     ibid_err e = ibidi_text_words_split(question, &t);
     if (!e) {
         stems s = {out, head_of(&t, question.n, out)};
+        /* "what companies ..." is a list all the same */
+        if (out->person || out->place || out->organization || out->work) out->sentence = false;
         (void)ibidi_words_each(w, question.s, question.n, false, take_stem, &s);
     }
     ibidi_text_words_fini(&t);

@@ -152,7 +152,13 @@ static void test_asked(void **state) {
     assert_ok(ibidi_asked_of(w, t_str("people who worked at the lighthouse"), &q));
     assert_true(q.person && !q.organization);
     assert_ok(ibidi_asked_of(w, t_str("vessel"), &q));
-    assert_false(q.person || q.place || q.organization || q.work);
+    assert_false(q.person || q.place || q.organization || q.work || q.sentence);
+    assert_ok(ibidi_asked_of(w, t_str("how does the lamp work"), &q));
+    assert_true(q.sentence);
+    assert_ok(ibidi_asked_of(w, t_str("what companies are there"), &q));
+    assert_false(q.sentence);
+    assert_ok(ibidi_asked_of(w, t_str("years it was dark"), &q));
+    assert_true(q.kinds == 1u << IBIDI_SPAN_DATE);
     ibidi_words_close(w);
 }
 
