@@ -7,6 +7,9 @@
 #include "kvstore/kvstore.h"
 #include "rpc/bus/bus.h"
 
+/* The key that stands for the document's own id. */
+#define IBID_FILTER_DOCUMENT "@document"
+
 typedef struct ibid_filter { /* document metadata: the value at KEY, as text, equals VALUE */
     ibid_str key, value;
 } ibid_filter;

@@ -143,13 +143,19 @@ static const json_t *member(const json_t *o, const char *key, size_t n) {
     return v;
 }
 
-static bool filters_hold(const ibid_search_request *q, ibid_str metadata) {
+static bool filters_hold(const ibid_search_request *q, ibid_str id, ibid_str metadata) {
     if (!q->n_filters) return true;
     json_t *o = json_loadb(metadata.s ? metadata.s : "", metadata.n, JSON_DECODE_ANY, NULL);
-    bool hold = json_is_object(o);
+    bool hold = true;
     for (size_t i = 0; i < q->n_filters && hold; i++) {
-        const json_t *v = member(o, q->filters[i].key.s, q->filters[i].key.n);
-        hold = v && value_is(v, q->filters[i].value);
+        ibid_str key = q->filters[i].key, value = q->filters[i].value;
+        if (key.n == sizeof IBID_FILTER_DOCUMENT - 1 &&
+            memcmp(key.s, IBID_FILTER_DOCUMENT, key.n) == 0) {
+            hold = id.n == value.n && memcmp(id.s, value.s, id.n) == 0;
+            continue;
+        }
+        const json_t *v = json_is_object(o) ? member(o, key.s, key.n) : NULL;
+        hold = v && value_is(v, value);
     }
     json_decref(o);
     return hold;
@@ -166,7 +172,7 @@ static ibid_err doc_get(gather *g, uint64_t number, doc **out) {
     if (!d) return ibid_fail(IBID_NOMEM, "out of memory for candidates");
     ibid_err e = ibidi_collection_holds(g->c, g->snap, number, &d->d);
     if (e && e != IBID_NOTFOUND) return e;
-    d->pass = !e && filters_hold(g->q, d->d.metadata);
+    d->pass = !e && filters_hold(g->q, d->d.id, d->d.metadata);
     if (g->n_docs == g->room_docs) {
         size_t room = g->room_docs ? g->room_docs * 2 : 256;
         doc **more = ibid_realloc(g->docs, room * sizeof *more);

@@ -191,7 +191,7 @@ static int ask_one(void *arg, ibid_str text, json_t *id) {
 
 int ibidi_cmd_ask(ibid_cli *cli) {
     ibid_service s = {0};
-    ibid_filter filters[IBID_OPT_LIST_MAX];
+    ibid_filter filters[IBID_OPT_LIST_MAX + 1];
     struct ask a = {.cli = cli, .s = &s};
     a.options = (ibidi_ask_options){.collection = cli->o.collection,
                                     .filters = filters,

@@ -67,7 +67,9 @@ size_t ibidi_filters(const ibid_opts *o, ibid_filter *out) {
         const char *eq = strchr(o->filters[i], '=');
         out[i] = (ibid_filter){{o->filters[i], (size_t)(eq - o->filters[i])}, ibidi_str(eq + 1)};
     }
-    return o->n_filters;
+    if (!o->document) return o->n_filters;
+    out[o->n_filters] = (ibid_filter){ibidi_str(IBID_FILTER_DOCUMENT), ibidi_str(o->document)};
+    return o->n_filters + 1;
 }
 
 /* ---- search ---- */
@@ -99,7 +101,7 @@ static void print_hit(size_t rank, const ibid_hit *h) {
 static int search_one(void *arg, ibid_str text, json_t *id) {
     struct search *q = arg;
     const ibid_opts *o = &q->cli->o;
-    ibid_filter filters[IBID_OPT_LIST_MAX];
+    ibid_filter filters[IBID_OPT_LIST_MAX + 1];
     ibid_search_request r = {.collection = ibidi_str(o->collection),
                              .question = text,
                              .top = o->top,

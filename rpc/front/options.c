@@ -78,6 +78,7 @@ static const option_row rows[] = {
     {"top", "N", "how many hits (default: 10)", SIZE, SEARCH, AT(top)},
     {"filter", "KEY=VALUE", "only documents with this metadata (may be repeated)", LIST_OF,
      SEARCH | ASK, AT(filters)},
+    {"document", "ID", "only this document", TEXT, SEARCH | ASK, AT(document)},
     {"chunks", NULL, "several chunks of one document", FLAG, SEARCH, AT(chunks)},
     {"keys-only", NULL, "rank by token keys alone", FLAG, SEARCH, AT(keys_only)},
     {"lexical-only", NULL, "rank by words alone", FLAG, SEARCH, AT(lexical_only)},

@@ -31,6 +31,7 @@ typedef struct ibid_opts {
     uint64_t top, blocks, max_tokens, seed, context, job;
     double temperature, top_p, min_score;
     const char *recompute; /* a number in [0,1], or "auto" */
+    const char *document;  /* its id, or NULL: all */
     const char *mode;      /* "extract", "generate" or "auto" */
     const char *filters[IBID_OPT_LIST_MAX];
     size_t n_filters;
