@@ -268,7 +268,7 @@ def train(
         b = batch(D, rng, B, LQ, LC, ids, near)
         p, m, v, l, a = step(p, m, v, float(t), *b)
         acc.append((float(l), float(a[0]), float(a[1])))
-        if log and (t % 100 == 0 or t == 20):
+        if log and (t % 100 == 0 or t in (20, steps)):
             e = [ev(p, *x) for x in DV]
             dvl = [
                 np.mean([float(x[0]) for x in e]),
