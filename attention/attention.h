@@ -13,6 +13,7 @@ typedef struct ibid_model_info {
     char name[128], arch[32], path[1024], template_name[32];
     uint64_t n_layers, n_heads, n_kv_heads, head_dim, n_ctx, n_vocab, kv_bytes_per_token;
     uint64_t file_bytes;
+    uint64_t key_dim; /* of a token key; 0: no retrieval head, search goes by words */
     bool calibrated, loaded;
 } ibid_model_info;
 

@@ -54,6 +54,7 @@ static ibid_err get_info(const ibid_val *body, ibid_model_info *out) {
     out->kv_bytes_per_token = ibid_get_u64(m, "kv_bytes_per_token", 0);
     out->file_bytes = ibid_get_u64(m, "file_bytes", 0);
     out->calibrated = ibid_get_bool(m, "calibrated", false);
+    out->key_dim = ibid_get_u64(m, "key_dim", 0);
     out->loaded = true;
     return IBID_OK;
 }

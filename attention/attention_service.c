@@ -48,6 +48,7 @@ static void put_info(ibid_enc *e, ibidi_loaded *m) {
     for (size_t l = 0; l < x->n_layers; l++) kv += ibid_kv_view_bytes(&m->prefix_kv.layers[l]);
     (void)pthread_mutex_lock(&m->lock);
     bool calibrated = m->calibrated;
+    uint64_t key_dim = m->cal.dim;
     ibid_enc_map(e, "model");
     ibid_enc_bin(e, "fingerprint", x->fingerprint.b, sizeof x->fingerprint.b);
     ibid_enc_cstr(e, "name", m->name);
@@ -64,6 +65,7 @@ static void put_info(ibid_enc *e, ibidi_loaded *m) {
     ibid_enc_u64(e, "kv_bytes_per_token", kv / m->reader.n_prefix);
     ibid_enc_u64(e, "file_bytes", x->file_bytes);
     ibid_enc_bool(e, "calibrated", calibrated);
+    ibid_enc_u64(e, "key_dim", key_dim);
     ibid_enc_end(e);
 }
 

@@ -15,11 +15,12 @@ static void say(const char *text) {
 static json_t *info_json(const ibid_model_info *m) {
     char hex[65];
     ibid_hash_hex(&m->fingerprint, hex);
-    return json_pack("{s:s,s:s,s:s,s:s,s:s,s:I,s:I,s:I,s:I,s:b}", "name", m->name, "architecture",
-                     m->arch, "fingerprint", hex, "file", m->path, "template", m->template_name,
-                     "layers", (json_int_t)m->n_layers, "context", (json_int_t)m->n_ctx,
-                     "kv_bytes_per_token", (json_int_t)m->kv_bytes_per_token, "file_bytes",
-                     (json_int_t)m->file_bytes, "calibrated", m->calibrated);
+    return json_pack("{s:s,s:s,s:s,s:s,s:s,s:I,s:I,s:I,s:I,s:b,s:I}", "name", m->name,
+                     "architecture", m->arch, "fingerprint", hex, "file", m->path, "template",
+                     m->template_name, "layers", (json_int_t)m->n_layers, "context",
+                     (json_int_t)m->n_ctx, "kv_bytes_per_token", (json_int_t)m->kv_bytes_per_token,
+                     "file_bytes", (json_int_t)m->file_bytes, "calibrated", m->calibrated,
+                     "key_dim", (json_int_t)m->key_dim);
 }
 
 static int show_info(const ibid_cli *cli, const ibid_model_info *m) {
@@ -28,7 +29,7 @@ static int show_info(const ibid_cli *cli, const ibid_model_info *m) {
     printf("%s: %s, %llu layers, context %llu, %s of KV a token, %s\n", m->name, m->arch,
            (unsigned long long)m->n_layers, (unsigned long long)m->n_ctx,
            ibidi_bytes(m->kv_bytes_per_token, bytes),
-           m->calibrated ? "retrieval heads found" : "no retrieval head: search by words only");
+           m->key_dim ? "retrieval head found" : "no retrieval head: search by words only");
     return 0;
 }
 

@@ -9,6 +9,7 @@
 #include "attention/attention.h"
 #include "attention/attention_room.h"
 #include "attention/kernels/kernels.h"
+#include "attention/plan/calibration.h"
 #include "kvstore/kvstore_client.h"
 #include "kvstore/kvstore_room.h"
 #include "tests/support/gguf_write.h"
@@ -503,19 +504,47 @@ static ibid_hash keys_of(fixture *f, uint64_t block, size_t *dim) {
     return id;
 }
 
-/* Another sample gives another calibration; the keys of every block follow, of evicted ones too. */
+/* Stores a calibration of two raw heads, of layers 3 and 8, as the model's, and starts anew with
+ * it. */
+static ibid_hash plant_calibration(fixture *f) {
+    static const ibid_head heads[] = {{8, 2}, {3, 0}};
+    ibid_calibration c = {.head_dim = 64, .n_heads = 1, .keys_weight = 0.5f, .heads = {{9, 0}}};
+    ibid_model_record rec;
+    ibid_snap *s = NULL;
+    ibid_buf b;
+    ibid_buf_init(&b, 1 << 20);
+    assert_ok(ibid_keymap_open_raw(heads, 2, 64, &c.map));
+    for (size_t i = 0; i < ibid_keymap_input(c.map); i++) c.map->mean[i] = (float)(i % 7) / 8;
+    assert_ok(ibid_calibration_encode(&c, &b));
+    assert_ok(ibid_snap_begin(f->store, &s));
+    assert_ok(ibid_snap_model(s, &f->model.fingerprint, &rec));
+    rec.calibration = (ibid_str){b.data, b.len};
+    rec.calibration_id = c.id;
+    assert_ok(ibid_kvc_model_put(f->kv, &rec));
+    ibid_snap_end(s);
+    stop(f);
+    start(f);
+    ibid_hash id = c.id;
+    ibid_calibration_fini(&c);
+    ibid_buf_fini(&b);
+    return id;
+}
+
+/* Another calibration, of other layers; the keys of every block follow, of evicted ones too. */
 static void recalibrate(fixture *f) {
     ibid_encode_result enc;
     ibid_question_keys q;
     ibid_collected c;
     ibid_buf report, sample;
     size_t dim;
+    ibid_hash planted = plant_calibration(f);
     doc d = put_document(f, "a", "Title\n", texts, 2, &enc);
     ibid_buf_init(&report, 1 << 20);
     ibid_buf_init(&sample, 1 << 20);
     assert_ok(ibid_attn_question_keys(f->at, &f->model.fingerprint, str("Who?"), &q));
-    assert_true(q.dim >= 32);
+    assert_int_equal(q.dim, 128);
     ibid_hash first = q.calibration, id = keys_of(f, d.blocks[0], &dim);
+    assert_memory_equal(&first, &planted, sizeof first);
     assert_memory_equal(&first, &id, sizeof id);
     assert_int_equal(dim, q.dim);
     ibid_free(q.ids);
@@ -533,6 +562,7 @@ static void recalibrate(fixture *f) {
                             "owner paid %d crowns for it and has lived there since %d.\n\n",
                             i * 7, i * 3 + 1, i * 5 + 2, i * 131 + 77, 1900 + i));
     assert_ok(ibid_attn_calibrate(f->at, "", (ibid_str){sample.data, sample.len}, &report));
+    assert_non_null(strstr(report.data, "token keys derived for 4 blocks"));
     assert_ok(ibid_attn_question_keys(f->at, &f->model.fingerprint, str("Who?"), &q));
     assert_memory_not_equal(&first, &q.calibration, sizeof first);
     uint64_t blocks[] = {d.blocks[0], d.blocks[1], kept.blocks[0], kept.blocks[1]};
@@ -542,8 +572,66 @@ static void recalibrate(fixture *f) {
         assert_int_equal(dim, q.dim);
     }
     ibid_free(q.ids);
+    /* The model added again: what the program knows better is used, what it has made stays. */
+    first = q.calibration;
+    assert_ok(ibid_attn_model_add(f->at, ibid_test_model_path(), "", &f->model));
+    assert_ok(ibid_attn_question_keys(f->at, &f->model.fingerprint, str("Who?"), &q));
+    assert_memory_equal(&first, &q.calibration, sizeof first);
+    ibid_free(q.ids);
     ibid_buf_fini(&report);
     ibid_buf_fini(&sample);
+}
+
+/* A model of random weights has no head that finds text: it is said, and questions have no keys, so
+ * that search goes by words. */
+static void no_retrieval_head(void **state) {
+    fixture *f = *state;
+    ibid_test_gguf spec = ibid_test_gguf_small();
+    ibid_model_info m;
+    ibid_question_keys k;
+    ibid_buf report;
+    ibid_hash none = {{0}};
+    ibid_encode_result enc;
+    char path[300];
+    ibid_buf_init(&report, 1 << 20);
+    spec.n_ctx = 2048;
+    spec.seed = 3;
+    spec.n_layers = 3;
+    spec.n_embd = 128; /* heads of 32 */
+    (void)snprintf(path, sizeof path, "%s/random.gguf", f->data);
+    assert_ok(ibid_test_write_gguf(path, &spec));
+    assert_ok(ibid_attn_model_add(f->at, path, "random", &m));
+    assert_int_equal(m.head_dim, 32);
+    assert_int_equal(m.key_dim, 0);
+    assert_true(m.calibrated);
+    assert_ok(ibid_attn_question_keys(f->at, &m.fingerprint, str("Who built it?"), &k));
+    assert_true(k.n > 0);
+    assert_int_equal(k.dim, 0);
+    assert_memory_equal(&k.calibration, &none, sizeof none);
+    ibid_free(k.ids);
+    assert_ok(ibid_attn_calibrate(f->at, "random", (ibid_str){NULL, 0}, &report));
+    print_message("%s", report.data);
+    assert_non_null(strstr(report.data, "search will be by words only"));
+    f->model = m;
+    (void)put_document(f, "a", "Title\n", texts, 2, &enc);
+    assert_int_equal(enc.encoded_blocks, 2);
+    /* There is nothing to train either. */
+    ibid_calibrate_request q = {.model = "random"};
+    ibid_buf text;
+    ibid_buf_init(&text, 1 << 20);
+    for (int i = 0; i < 700; i++)
+        assert_ok(ibid_buf_printf(&text,
+                                  "In year %d the town of number %d built %d houses by its river. "
+                                  "They were sold to %d families for %d crowns each.\n\n",
+                                  1200 + i, i * 31 % 997, i * 7 % 93, i % 19, i * 13));
+    q.train = (ibid_str){text.data, text.len};
+    assert_int_equal(ibid_attn_calibrate_as(f->at, &q, &report), IBID_INVAL);
+    q.pairs = true;
+    ibid_buf_clear(&report);
+    assert_ok(ibid_attn_calibrate_as(f->at, &q, &report));
+    assert_memory_equal(report.data, "{\"chunk\": 0, \"text\": \"In year 1200", 34);
+    ibid_buf_fini(&text);
+    ibid_buf_fini(&report);
 }
 
 static void status(void **state) {
@@ -577,6 +665,7 @@ static void real_model(void **state) {
     assert_true(f.model.calibrated);
     assert_ok(ibid_attn_question_keys(f.at, &f.model.fingerprint, str("Who kept the light?"), &k));
     assert_true(k.dim >= 64);
+    assert_int_equal(f.model.key_dim, k.dim);
     ibid_free(k.ids);
     doc d = put_document(&f, "skerry", "Skerry Rock\n", facts, 3, &enc);
     assert_ok(ask(&f, "What was the name of the lighthouse keeper?", &d, 1, 0, -1, &r));
@@ -662,6 +751,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test_setup_teardown(encode_twice, set_up, tear_down),
         cmocka_unit_test_setup_teardown(bad_blocks, set_up, tear_down),
         cmocka_unit_test_setup_teardown(question_keys, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(no_retrieval_head, set_up, tear_down),
         cmocka_unit_test_setup_teardown(answer, set_up, tear_down),
         cmocka_unit_test_setup_teardown(extract, set_up, tear_down),
         cmocka_unit_test_setup_teardown(context, set_up, tear_down),
