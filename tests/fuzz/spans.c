@@ -1,6 +1,6 @@
 /* The miner of candidate spans over any bytes: offsets inside the text, entities that add up. */
-#include "retriever/rank.h"
 #include "retriever/spans.h"
+#include "retriever/rank.h"
 
 #include <stdlib.h>
 
