@@ -305,7 +305,9 @@ FIELD("retriever_collection", SUB, "lexical_generation", U64, OPTIONAL, DEFAULT)
 FIELD("retriever_collection", SUB, "lexical_bytes", U64, OPTIONAL, DEFAULT)
 FIELD("retriever_collection", SUB, "keys_generation", U64, OPTIONAL, DEFAULT)
 FIELD("retriever_collection", SUB, "keys_rows", U64, OPTIONAL, DEFAULT)
-FIELD("retriever_collection", SUB, "keys_kind", STR, OPTIONAL, MAX(64))
+FIELD("retriever_collection", SUB, "keys_cells", U64, OPTIONAL, DEFAULT)
+FIELD("retriever_collection", SUB, "keys_extra", U64, OPTIONAL, DEFAULT)
+FIELD("retriever_collection", SUB, "keys_dead", U64, OPTIONAL, DEFAULT)
 
 /* ---- rows of indexer ---- */
 FIELD("indexer.submit", REQ, "collection", STR, REQUIRED, MAX(64))
