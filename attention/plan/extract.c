@@ -374,22 +374,13 @@ bool ibid_question_wants_fact(ibid_str question) {
         " where ",     " how many ", " how much ", " how long ", " how old ",  " how far ",
         " how large ", " how big ",  " how tall ", " how high ", " how fast ", " how often ",
         " how did ",   " how was ",  " how were ", " how is ",   " how are ",  " name "};
-    static const char *const talk[] = {" why ",
-                                       " how do ",
-                                       " how does ",
-                                       " how can ",
-                                       " how should ",
-                                       " summary of ",
-                                       " summary ",
-                                       " tell me about ",
-                                       " tell me more ",
-                                       " overview ",
-                                       " in detail ",
-                                       " step by step ",
-                                       " the difference between ",
-                                       " pros and cons ",
-                                       " explain how ",
-                                       " explain why "};
+    static const char *const talk[] = {
+        " why ", " how do ", " how does ", " how can ", " how should ", " summary of ", " summary ",
+        " tell me about ", " tell me more ", " overview ", " in detail ", " step by step ",
+        " the difference between ", " pros and cons ", " explain how ", " explain why ",
+        /* two questions: one span is half an answer */
+        " and how ", " and when ", " and what ", " and who ", " and where ", " and why ",
+        " and which "};
     static const char *const orders[] = {" explain ",   " describe ", " summarise ", " summarize ",
                                          " compare ",   " discuss ",  " outline ",   " argue ",
                                          " elaborate ", " write ",    " translate "};

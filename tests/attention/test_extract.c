@@ -37,6 +37,7 @@ static void wants(void **state) {
         {"How do the seals find their way?", IBID_WANTS_MANNER, false},
         {"Summarise the report.", IBID_WANTS_THING, false},
         {"Describe who came to the fair and when.", IBID_WANTS_TIME, false},
+        {"When was the pier built, and how long is it?", IBID_WANTS_NUMBER, false},
         {"", IBID_WANTS_THING, false},
         {"whole whoever howitzer", IBID_WANTS_THING, false},
     };
