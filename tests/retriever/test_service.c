@@ -109,8 +109,9 @@ static void every_call(t_store *t, ibid_client *c) {
     assert_int_equal(ibid_val_count(list), 1);
     assert_int_equal(ibid_get_u64(ibid_val_at(list, 0), "lexical_rows", 0), 3);
     assert_int_equal(ibid_get_u64(ibid_val_at(list, 0), "blocks", 0), 3);
-    assert_int_equal(ibid_get_u64(ibid_val_at(list, 0), "keys_rows", 0),
-                     ibid_get_u64(ibid_val_at(list, 0), "tokens", 1));
+    assert_true(ibid_get_u64(ibid_val_at(list, 0), "tokens", 0) > 0);
+    /* so few are scored from the store: no copy */
+    assert_int_equal(ibid_get_u64(ibid_val_at(list, 0), "keys_rows", 1), 0);
     ibid_reply_close(&status);
 }
 
