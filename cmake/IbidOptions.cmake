@@ -1,4 +1,5 @@
 option(IBID_TESTS "Build the tests" ON)
+option(IBID_ONLY_GPU_CHECK "Build only what tools/gpu-check runs: no package but the CUDA toolkit" OFF)
 option(IBID_FUZZERS "Build libFuzzer targets (clang only)" OFF)
 set(IBID_SANITIZE "" CACHE STRING "Sanitizers for the whole build: address,undefined or thread")
 

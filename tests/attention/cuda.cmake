@@ -9,19 +9,23 @@ set_source_files_properties(${IBID_CUDA_KERNELS} TARGET_DIRECTORY ibid_emulator 
 set_target_properties(ibid_emulator PROPERTIES CXX_STANDARD 17 CXX_STANDARD_REQUIRED ON)
 target_link_libraries(ibid_emulator PUBLIC ibid_kernels ibid_base ibid_flags)
 
+# The engine over it.
+add_library(ibid_engine_emulated STATIC ${IBID_ENGINE_SOURCES} ${IBID_ENGINE_GPU_SOURCES})
+target_link_libraries(ibid_engine_emulated PUBLIC ibid_emulator ibid_cuda_host ibid_model PRIVATE m)
+
 function(ibid_cuda_test name)
   cmake_parse_arguments(T "" "TIMEOUT" "SOURCES;LIBS;ARGS;GPU_ARGS" ${ARGN})
   foreach(device emulated gpu)
     if(device STREQUAL gpu AND NOT IBID_HAVE_CUDA)
       continue()
     endif()
-    set(library ibid_emulator)
+    set(library ibid_engine_emulated)
     set(args ${T_ARGS})
     if(device STREQUAL gpu)
-      set(library ibid_cuda)
+      set(library ibid_engine ibid_cuda)
       set(args ${T_GPU_ARGS})
     endif()
-    add_executable(${device}_${name} ${T_SOURCES} ${CMAKE_CURRENT_LIST_DIR}/cuda/kernel_fixture.c)
+    add_executable(${device}_${name} ${T_SOURCES} ${CMAKE_SOURCE_DIR}/tests/attention/cuda/kernel_fixture.c)
     target_link_libraries(${device}_${name} PRIVATE ${T_LIBS} ibid_cuda_host ${library} ibid_flags m)
     set_target_properties(${device}_${name} PROPERTIES LINKER_LANGUAGE CXX)
     add_test(NAME attention.cuda_${name}.${device} COMMAND ${device}_${name} ${args} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
@@ -29,8 +33,10 @@ function(ibid_cuda_test name)
   endforeach()
 endfunction()
 
-ibid_cuda_test(rows SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/test_rows.c)
+ibid_cuda_test(rows SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/test_rows.c LIBS ibid_model)
 ibid_cuda_test(attention SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/test_attention.c GPU_ARGS 6002 288)
+ibid_cuda_test(model SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/test_model.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
+  GPU_ARGS all)
 # The same with threads in shuffled order: what a missing barrier would change.
 foreach(name rows attention)
   add_test(NAME attention.cuda_${name}.shuffled COMMAND emulated_${name} 6003 18 WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})

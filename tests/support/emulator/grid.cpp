@@ -171,8 +171,15 @@ void run_block() {
 
 } // namespace
 
+static const float *make_halves() {
+    static float table[65536];
+    for (uint32_t h = 0; h < 65536; h++) table[h] = ibid_f16_to_f32((uint16_t)h);
+    return table;
+}
+
 namespace emulator {
 
+const float *const halves = make_halves();
 dim3 thread_index, block_index, block_size, grid_size;
 uint8_t *dynamic_shared = shared_memory;
 

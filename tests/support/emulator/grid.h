@@ -41,6 +41,7 @@ struct alignas(8) float2 {
 namespace emulator {
 extern dim3 thread_index, block_index, block_size, grid_size;
 extern uint8_t *dynamic_shared;
+extern const float *const halves; /* [65536] what each f16 is worth */
 void run(dim3 grid, unsigned threads, size_t shared, const std::function<void()> &kernel);
 void barrier();
 /* Each lane gives size bytes; returns all 32 lanes' ([32][size]), valid until the next but one. */
@@ -69,10 +70,10 @@ IBIDI_DEV uint32_t h2_pack(uint16_t lo, uint16_t hi) {
     return (uint32_t)lo | (uint32_t)hi << 16;
 }
 IBIDI_DEV float h2_lo(uint32_t h) {
-    return ibid_f16_to_f32((uint16_t)(h & 0xffffu));
+    return emulator::halves[h & 0xffffu];
 }
 IBIDI_DEV float h2_hi(uint32_t h) {
-    return ibid_f16_to_f32((uint16_t)(h >> 16));
+    return emulator::halves[h >> 16];
 }
 IBIDI_DEV uint32_t h2_of(float lo, float hi) {
     return h2_pack(ibid_f32_to_f16(lo), ibid_f32_to_f16(hi));
@@ -112,10 +113,10 @@ IBIDI_DEV void mma_f16(float c[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32
     for (unsigned i = 0; i < 4; i++) {
         unsigned row = g + 8 * (i / 2), col = 2 * t + i % 2;
         double sum = (double)c[i];
-        for (unsigned k = 0; k < 16; k++) {
-            uint32_t a = all[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)];
-            uint32_t b = all[col * 4 + k % 8 / 2][4 + k / 8];
-            sum += (double)(k % 2 ? h2_hi(a) : h2_lo(a)) * (double)(k % 2 ? h2_hi(b) : h2_lo(b));
+        for (unsigned k = 0; k < 16; k += 2) {
+            uint32_t x = all[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)];
+            uint32_t y = all[col * 4 + k % 8 / 2][4 + k / 8];
+            sum += (double)h2_lo(x) * (double)h2_lo(y) + (double)h2_hi(x) * (double)h2_hi(y);
         }
         c[i] = (float)sum;
     }
