@@ -2,8 +2,11 @@
  * passes, stored blocks behind offsets, recomputation, probes, decoding, batches; the pool's eviction and
  * sharing; failing calls and a lost device. */
 #include "attention/cuda/device.h"
+#include "attention/cuda/layout.h"
+#include "attention/cuda/pages.h"
 #include "attention/plan/recompute.h"
 #include "tests/support/check.h"
+#include "tests/support/emulator/device.h"
 #include "tests/support/gguf_write.h"
 
 #include "rpc/base/mem.h"
@@ -288,6 +291,113 @@ static void test_stored(void) {
     }
 }
 
+/* ---- The pool, and failing ---- */
+
+static void test_pool(void) {
+    ibid_device *d = NULL;
+    ibidi_cu_stream s = NULL;
+    ibidi_pages *p = NULL;
+    ibidi_block *a, *b, *c, *again;
+    uint32_t cell;
+    MUST(ibid_device_open(0, &d));
+    MUST(ibid_device_stream_open(d, &s));
+    MUST(ibidi_pages_open(d, s, 512, 12, 1, &p));
+    MUST(ibidi_pages_pin(p, 1, 2, 2, &a));
+    MUST(ibidi_pages_pin(p, 2, 2, 2, &b));
+    MUST(ibidi_pages_pin(p, 3, 2, 2, &c));
+    CHECK(ibidi_pages_take(p, &cell) == IBID_NOMEM, "a full pool gave a cell");
+    CHECK(ibidi_pages_pin(p, 4, 2, 2, &again) == IBID_NOMEM, "a full pool took a block");
+    c->loaded = 2;
+    ibidi_pages_unpin(p, b);
+    ibidi_pages_unpin(p, c);
+    ibidi_pages_unpin(p, a);
+    MUST(ibidi_pages_pin(p, 3, 2, 2, &again)); /* still there */
+    CHECK(again == c && c->loaded == 2, "a block was lost");
+    CHECK(ibidi_pages_pin(p, 3, 2, 3, &again) == IBID_INVAL, "a block of another shape");
+    MUST(ibidi_pages_take(p, &cell)); /* b, used longest ago, makes room */
+    MUST(ibidi_pages_pin(p, 1, 2, 2, &again));
+    CHECK(again == a, "the wrong block was evicted");
+    MUST(ibidi_pages_pin(p, 3, 2, 2, &again)); /* shared: pinned twice */
+    ibidi_pages_unpin(p, again);
+    ibidi_pages_stats st = ibidi_pages_look(p);
+    CHECK(st.evicted == 1 && st.in_use == 9 && st.pinned_blocks == 2, "%llu evicted, %zu in use",
+          (unsigned long long)st.evicted, st.in_use);
+    MUST(ibidi_pages_pin(p, 0, 1, 3, &b)); /* of one sequence only */
+    ibidi_pages_unpin(p, b);
+    CHECK(ibidi_pages_look(p).in_use == 9, "a private block stayed");
+    ibidi_pages_close(p);
+    ibid_device_stream_close(d, s);
+    ibid_device_close(d);
+}
+
+#ifdef IBIDI_EMULATED
+/* Every call of the device that fails is reported, and the engine goes on; a lost device is seen. */
+static void test_faults(void) {
+    world w;
+    corpus c;
+    ibid_test_gguf spec = spec_of(1);
+    float want[VOCAB], got[VOCAB];
+    size_t failed = 0;
+    ibid_asked a;
+    spec.n_layers = 1;
+    open_world(&w, &spec, IBID_KV_F16, (size_t)16 * 1024 * 1024);
+    make_corpus(&c, w.cpu, IBID_KV_F16, 0);
+    ibid_question q = {.prefix = &c.first, .blocks = c.placed, .n_blocks = N_BLOCKS, .n = QUESTION};
+    q.tokens = c.question;
+    ask(w.gpu, &c, 0, want, NULL);
+    size_t before = ibidi_emulator_in_use();
+    for (uint64_t nth = 1;; nth += 1 + nth / 8) {
+        ibidi_emulator_fail_at(nth, false);
+        ibid_err err = ibid_question_run(w.gpu, &q, 4, NULL, &a, got);
+        ibidi_emulator_fail_at(0, false);
+        if (!err) {
+            ibid_asked_close(&a);
+            break;
+        }
+        CHECK(err == IBID_BACKEND && !ibid_engine_lost(w.gpu), "%s", ibid_err_text(err));
+        failed++;
+    }
+    CHECK(failed > 10, "only %zu calls failed", failed);
+    ask(w.gpu, &c, 0, got, NULL);
+    CHECK(memcmp(got, want, sizeof got) == 0, "after failures the answer differs");
+    CHECK(ibidi_emulator_in_use() == before, "device memory leaks");
+    ibidi_emulator_fail_at(12, true);
+    CHECK(ibid_question_run(w.gpu, &q, 4, NULL, &a, got) == IBID_BACKEND, "a lost device answers");
+    CHECK(ibid_engine_lost(w.gpu), "a lost device goes unseen");
+    ibidi_emulator_fail_at(0, false);
+    free_corpus(&c);
+    close_world(&w);
+    CHECK(ibidi_emulator_in_use() == 0, "%zu bytes of device memory are left", ibidi_emulator_in_use());
+    printf("%zu failing calls reported\n", failed);
+}
+
+/* A pool too small for all blocks at once: those of before make room; too small for one question: a
+ * typed error, and the next smaller one is answered. */
+static void test_small_pool(void) {
+    world w;
+    corpus c;
+    ibid_test_gguf spec = spec_of(0);
+    float want[VOCAB], got[VOCAB];
+    ibid_asked a;
+    size_t cell = spec.n_kv_heads * ibidi_cu_head_bytes(64, 0);
+    open_world(&w, &spec, IBID_KV_F16, 15 * cell); /* two layers, 6 pages stored and 1 live */
+    make_corpus(&c, w.cpu, IBID_KV_F16, 50);
+    ask(w.gpu, &c, 0, want, NULL);
+    for (size_t b = 0; b < N_BLOCKS; b++) c.placed[b].id += 1000; /* others, as far as it knows */
+    ask(w.gpu, &c, 0, got, NULL);
+    CHECK(memcmp(got, want, sizeof got) == 0, "after eviction the answer differs");
+    ibid_question q = {.prefix = &c.first, .blocks = c.placed, .n_blocks = N_BLOCKS, .n = QUESTION};
+    q.tokens = c.question;
+    q.share = 1; /* needs a live page more */
+    ibid_err err = ibid_question_run(w.gpu, &q, 4, NULL, &a, got);
+    CHECK(err == IBID_NOMEM, "a pool that is too small: %s", ibid_err_text(err));
+    ask(w.gpu, &c, 0, got, NULL);
+    CHECK(memcmp(got, want, sizeof got) == 0, "after an error the answer differs");
+    free_corpus(&c);
+    close_world(&w);
+}
+#endif
+
 int main(int argc, char **argv) {
     ibid_device *d = NULL;
     ibid_err err = ibid_device_open(0, &d);
@@ -302,6 +412,11 @@ int main(int argc, char **argv) {
     printf("%s\n", ibid_device_library());
     test_plain();
     test_stored();
+    test_pool();
+#ifdef IBIDI_EMULATED
+    test_faults();
+    test_small_pool();
+#endif
     printf("all passed\n");
     return 0;
 }
