@@ -134,7 +134,8 @@ static void plan_pages(ibid_engine *e) {
 static ibid_err open_gpu(ibid_engine *e, const ibid_engine_opts *o) {
     if (!o || o->backend == IBID_BACKEND_CPU) return IBID_OK;
     ibid_err err = ibidi_gpu_open(e->m, o, e->pool, e->k, &e->gpu);
-    if (o->backend == IBID_BACKEND_AUTO && (err == IBID_NOTSUP || err == IBID_NOMEM)) return IBID_OK;
+    if (o->backend == IBID_BACKEND_AUTO && (err == IBID_NOTSUP || err == IBID_NOMEM))
+        return IBID_OK;
     return err;
 }
 
@@ -553,8 +554,9 @@ ibid_err ibid_engine_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,
     if (e->gpu) {
         if ((err = ibidi_gpu_forward(e, steps, n_steps, cancel))) goto done;
     } else if ((err = reserve_rows(e, n_rows < IBIDI_CHUNK ? n_rows : IBIDI_CHUNK)) ||
-        (err = reserve_pieces(e, n_steps < IBIDI_CHUNK ? n_steps : IBIDI_CHUNK)) ||
-        (err = reserve_logits(e, steps, n_steps)) || (err = run_steps(e, steps, n_steps, cancel)))
+               (err = reserve_pieces(e, n_steps < IBIDI_CHUNK ? n_steps : IBIDI_CHUNK)) ||
+               (err = reserve_logits(e, steps, n_steps)) ||
+               (err = run_steps(e, steps, n_steps, cancel)))
         goto done;
     for (size_t i = 0; i < n_steps; i++) {
         ibid_seq *s = steps[i].seq;

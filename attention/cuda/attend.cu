@@ -1,13 +1,13 @@
-/* Block attention of query rows over pages, on tensor cores. A thread block takes an item: some pages
- * of one tile of query rows at one kv head. Each warp takes slices of 16 tokens of its own, brought
- * in by asynchronous copies several slices ahead, so that warps wait for each other only at the end,
- * when their softmax states are merged; items of a tile are merged by merge_kernel.
+/* Block attention of query rows over pages, on tensor cores. A thread block takes an item: some
+ * pages of one tile of query rows at one kv head. Each warp takes slices of 16 tokens of its own,
+ * brought in by asynchronous copies several slices ahead, so that warps wait for each other only at
+ * the end, when their softmax states are merged; items of a tile are merged by merge_kernel.
  *
- * Scores are q k^T with the stored int8 as exact halves, scaled per 32 dimensions behind the product;
- * values are scaled before theirs. In fine tiles rows 8 to 15 of the left operand hold the rounding
- * errors of rows 0 to 7, of queries and then of weights: their sum is as good as f32, at no cost,
- * since decoding has no more rows than that to fill the tensor core with. Online softmax: arXiv:
- * 1805.02867; splitting and merging by log-sum-exp: arXiv:2205.14135. */
+ * Scores are q k^T with the stored int8 as exact halves, scaled per 32 dimensions behind the
+ * product; values are scaled before theirs. In fine tiles rows 8 to 15 of the left operand hold the
+ * rounding errors of rows 0 to 7, of queries and then of weights: their sum is as good as f32, at
+ * no cost, since decoding has no more rows than that to fill the tensor core with. Online softmax:
+ * arXiv: 1805.02867; splitting and merging by log-sum-exp: arXiv:2205.14135. */
 #include "attention/cuda/dialect.h"
 
 enum { SLICE = 16, SLICES = IBIDI_CU_PAGE / SLICE };
@@ -15,8 +15,8 @@ enum { SLICE = 16, SLICES = IBIDI_CU_PAGE / SLICE };
 /* How a slice lies in shared memory: rows padded so that lanes meet different banks. */
 template <int P, bool q8> struct slice {
     static constexpr int DIM = 32 * P, ROW = DIM * (q8 ? 1 : 2);
-    static constexpr int K_ROW = q8 ? (ROW % 128 == 96 ? ROW : ROW + 32)
-                                    : (ROW % 128 == 64 ? ROW : ROW + 64);
+    static constexpr int K_ROW =
+        q8 ? (ROW % 128 == 96 ? ROW : ROW + 32) : (ROW % 128 == 64 ? ROW : ROW + 64);
     static constexpr int V_ROW = ROW + 16;
     static constexpr int SCALES = q8 ? SLICE * P * 2 : 0;
     static constexpr int V = SLICE * K_ROW, K_SCALE = V + SLICE * V_ROW, V_SCALE = K_SCALE + SCALES;
@@ -55,7 +55,8 @@ IBIDI_DEV sight look(const ibidi_cu_shape &m, const ibidi_cu_tile &t, const ibid
 }
 
 IBIDI_DEV void load_queries(uint4 *q, int n, const uint16_t *turned, size_t at) {
-    const uint4 *from = (const uint4 *)(const void *)turned + at * (size_t)n * 32 + threadIdx.x % 32;
+    const uint4 *from =
+        (const uint4 *)(const void *)turned + at * (size_t)n * 32 + threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < n; i++) q[i] = from[i * 32];
 }
@@ -76,8 +77,8 @@ IBIDI_DEV void score(const uint4 q[2 * P], const uint8_t *row, size_t step, cons
             if (!q8) {
                 uint4 w = ((const uint4 *)(const void *)k)[4 * p + (int)t];
                 mma_f16(s + 4 * half, q[2 * p].x, q[2 * p].y, q[2 * p].z, q[2 * p].w, w.x, w.y);
-                mma_f16(s + 4 * half, q[2 * p + 1].x, q[2 * p + 1].y, q[2 * p + 1].z, q[2 * p + 1].w,
-                        w.z, w.w);
+                mma_f16(s + 4 * half, q[2 * p + 1].x, q[2 * p + 1].y, q[2 * p + 1].z,
+                        q[2 * p + 1].w, w.z, w.w);
                 continue;
             }
             uint2 w = ((const uint2 *)(const void *)k)[4 * p + (int)t];
@@ -97,8 +98,8 @@ IBIDI_DEV void score(const uint4 q[2 * P], const uint8_t *row, size_t step, cons
 
 /* acc += weights a times the slice's values. valid: bits of the tokens that may be read. */
 template <int P, bool q8>
-IBIDI_DEV void add_values(const uint32_t a[4], const uint8_t *v, const uint16_t *scale, unsigned valid,
-                          float acc[4 * P][4]) {
+IBIDI_DEV void add_values(const uint32_t a[4], const uint8_t *v, const uint16_t *scale,
+                          unsigned valid, float acc[4 * P][4]) {
     constexpr int ROW = slice<P, q8>::V_ROW;
     unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const uint8_t *at = v + 2 * t * ROW;
@@ -129,18 +130,19 @@ IBIDI_DEV void add_values(const uint32_t a[4], const uint8_t *v, const uint16_t 
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 uint32_t pick = j % 2 ? 0x7632u : 0x5410u; /* the high halves, or the low ones */
-                uint32_t b0 = bytes_of(j / 2 ? w[0].y : w[0].x, j / 2 ? w[1].y : w[1].x, pick) & on0;
-                uint32_t b1 = bytes_of(j / 2 ? w[2].y : w[2].x, j / 2 ? w[3].y : w[3].x, pick) & on1;
+                uint32_t b0 =
+                    bytes_of(j / 2 ? w[0].y : w[0].x, j / 2 ? w[1].y : w[1].x, pick) & on0;
+                uint32_t b1 =
+                    bytes_of(j / 2 ? w[2].y : w[2].x, j / 2 ? w[3].y : w[3].x, pick) & on1;
                 mma_f16(acc[4 * p + j], a[0], a[1], a[2], a[3], b0, b1);
             }
         }
     }
 }
 
-template <int P, bool q8> IBIDI_DEV const uint8_t *head_of(const ibidi_cu_shape &m,
-                                                           const ibidi_cu_attend &a,
-                                                           const ibidi_cu_seq &s, unsigned page,
-                                                           unsigned kv_head) {
+template <int P, bool q8>
+IBIDI_DEV const uint8_t *head_of(const ibidi_cu_shape &m, const ibidi_cu_attend &a,
+                                 const ibidi_cu_seq &s, unsigned page, unsigned kv_head) {
     size_t cell = s.cells[(size_t)a.layer * s.room + page];
     return a.pool + (cell * m.n_kv_heads + kv_head) * ibidi_cu_head_bytes(32 * P, q8);
 }
@@ -219,12 +221,12 @@ IBIDI_DEV void attend_slice(running<P> &r, const uint4 q[2 * P], const uint8_t *
         for (int k = 0; k < 4; k++) r.acc[i][k] *= factor[k / 2];
     }
     uint32_t a[4] = {h2_of(p[0], p[1]), h2_of(p[2], p[3]), h2_of(p[4], p[5]), h2_of(p[6], p[7])};
-    add_values<P, q8>(a, at + S::V, (const uint16_t *)(const void *)(at + S::V_SCALE), valid, r.acc);
+    add_values<P, q8>(a, at + S::V, (const uint16_t *)(const void *)(at + S::V_SCALE), valid,
+                      r.acc);
 }
 
 /* Lays a warp's state down: rows [n], then accumulators [n, DIM]. */
-template <int P, bool fine>
-IBIDI_DEV void lay_down(const running<P> &r, float *state, float *acc) {
+template <int P, bool fine> IBIDI_DEV void lay_down(const running<P> &r, float *state, float *acc) {
     constexpr int DIM = 32 * P;
     unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
@@ -240,9 +242,9 @@ IBIDI_DEV void lay_down(const running<P> &r, float *state, float *acc) {
 #pragma unroll
         for (int i = 0; i < 4 * P; i++) {
             for (int k = 0; k < 2; k++) {
-                unsigned dim = 32 * (unsigned)(i / 4) + 4 * (2 * t + (unsigned)k) + (unsigned)(i % 4);
-                acc[row * DIM + dim] =
-                    fine ? r.acc[i][k] + r.acc[i][k + 2] : r.acc[i][k + 2 * h];
+                unsigned dim =
+                    32 * (unsigned)(i / 4) + 4 * (2 * t + (unsigned)k) + (unsigned)(i % 4);
+                acc[row * DIM + dim] = fine ? r.acc[i][k] + r.acc[i][k + 2] : r.acc[i][k + 2 * h];
             }
         }
     }
@@ -285,7 +287,8 @@ __global__ void __launch_bounds__(32 * slice<P, q8>::WARPS)
                          next % SLICES);
         copy_commit();
         const ibidi_cu_page page = seq.pages[item.page0 + i / SLICES];
-        unsigned n_slice = i % SLICES, left = page.n > n_slice * SLICE ? page.n - n_slice * SLICE : 0;
+        unsigned n_slice = i % SLICES,
+                 left = page.n > n_slice * SLICE ? page.n - n_slice * SLICE : 0;
         unsigned valid = (unsigned)(page.keep >> (n_slice * SLICE)) & 0xffffu;
         if (left < SLICE) valid &= (1u << left) - 1;
         if (valid) {
@@ -349,7 +352,8 @@ __global__ void __launch_bounds__(32 * MERGE_WARPS)
         if (p < parts)
             h[row * ldh + head * dim + 32 * p + lane] =
                 f32_to_f16(fminf(fmaxf(v[p] * inverse, -65504.0f), 65504.0f));
-    for (size_t i = (size_t)m.n_heads * dim + lane; head == 0 && i < ldh; i += 32) h[row * ldh + i] = 0;
+    for (size_t i = (size_t)m.n_heads * dim + lane; head == 0 && i < ldh; i += 32)
+        h[row * ldh + i] = 0;
     if (lane == 0) lse[row * m.n_heads + head] = log2f(sum) + max;
 }
 
@@ -404,8 +408,8 @@ template <int P, bool q8, bool fine>
 static ibid_err start(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibidi_cu_attend *a,
                       size_t n_items) {
     using S = slice<P, q8>;
-    return launch("attention", attention_kernel<P, q8, fine>, dim3((unsigned)n_items), 32 * S::WARPS,
-                  (size_t)S::WARPS * S::STAGES * S::BYTES, s, *m, *a);
+    return launch("attention", attention_kernel<P, q8, fine>, dim3((unsigned)n_items),
+                  32 * S::WARPS, (size_t)S::WARPS * S::STAGES * S::BYTES, s, *m, *a);
 }
 
 template <int P>
@@ -455,10 +459,10 @@ static ibid_err start_mass(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibi
                   (unsigned)n_tiles, fine, heads, (unsigned)lo, (unsigned)hi, lse, mass);
 }
 
-extern "C" ibid_err ibidi_cu_mass(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibidi_cu_attend *a,
-                                  size_t tile0, size_t n_tiles, int fine, size_t n_pages,
-                                  const uint64_t *heads, uint32_t lo, uint32_t hi, const float *lse,
-                                  float *mass) {
+extern "C" ibid_err ibidi_cu_mass(ibidi_cu_stream s, const ibidi_cu_shape *m,
+                                  const ibidi_cu_attend *a, size_t tile0, size_t n_tiles, int fine,
+                                  size_t n_pages, const uint64_t *heads, uint32_t lo, uint32_t hi,
+                                  const float *lse, float *mass) {
     if (n_pages == 0 || n_tiles == 0 || lo >= hi) return IBID_OK;
     switch (m->head_dim) {
     case 64:

@@ -4,8 +4,9 @@
  * linking.
  *
  * Errors: NOTSUP (no toolkit in this build, no driver, no GPU, one too old), NOMEM (the device's
- * memory is out; the device is usable), BACKEND (anything else; if ibid_device_lost, nothing works any
- * more in this process, which should end and be started again). Not thread-safe: one user at a time. */
+ * memory is out; the device is usable), BACKEND (anything else; if ibid_device_lost, nothing works
+ * any more in this process, which should end and be started again). Not thread-safe: one user at a
+ * time. */
 #ifndef IBID_ATTENTION_CUDA_DEVICE_H
 #define IBID_ATTENTION_CUDA_DEVICE_H
 
@@ -50,8 +51,10 @@ ibid_err ibid_device_stream_open(ibid_device *d, ibidi_cu_stream *out);
 void ibid_device_stream_close(ibid_device *d, ibidi_cu_stream s);
 ibid_err ibid_device_sync(ibid_device *d, ibidi_cu_stream s);
 /* Copies between host and device, either way; the host's side must stay until they are done. */
-ibid_err ibid_device_upload(ibid_device *d, ibidi_cu_stream s, void *to, const void *from, size_t n);
-ibid_err ibid_device_download(ibid_device *d, ibidi_cu_stream s, void *to, const void *from, size_t n);
+ibid_err ibid_device_upload(ibid_device *d, ibidi_cu_stream s, void *to, const void *from,
+                            size_t n);
+ibid_err ibid_device_download(ibid_device *d, ibidi_cu_stream s, void *to, const void *from,
+                              size_t n);
 ibid_err ibid_device_copy(ibid_device *d, ibidi_cu_stream s, void *to, const void *from, size_t n);
 ibid_err ibid_device_fill(ibid_device *d, ibidi_cu_stream s, void *p, int byte, size_t n);
 
@@ -63,7 +66,8 @@ ibid_err ibid_device_wait(ibid_device *d, ibidi_cu_stream s, ibid_device_event *
 /* The caller waits. */
 ibid_err ibid_device_event_sync(ibid_device *d, ibid_device_event *e);
 /* Between two recorded and reached events, in milliseconds. */
-ibid_err ibid_device_elapsed(ibid_device *d, ibid_device_event *from, ibid_device_event *to, double *ms);
+ibid_err ibid_device_elapsed(ibid_device *d, ibid_device_event *from, ibid_device_event *to,
+                             double *ms);
 
 /* What is put on s between begin and end is kept and not run; a launch runs it all. */
 ibid_err ibid_device_graph_begin(ibid_device *d, ibidi_cu_stream s);
@@ -71,8 +75,8 @@ ibid_err ibid_device_graph_end(ibid_device *d, ibidi_cu_stream s, ibid_device_gr
 ibid_err ibid_device_graph_launch(ibid_device *d, ibid_device_graph *g, ibidi_cu_stream s);
 void ibid_device_graph_close(ibid_device *d, ibid_device_graph *g);
 
-/* y[i, r] = sum_c w[r, c] h[i, c]: w [rows, cols] and h [n, cols] f16 row-major and dense, y [n, ldy]
- * f32, sums in f32. cols a multiple of 64. */
+/* y[i, r] = sum_c w[r, c] h[i, c]: w [rows, cols] and h [n, cols] f16 row-major and dense, y [n,
+ * ldy] f32, sums in f32. cols a multiple of 64. */
 ibid_err ibid_device_matmul(ibid_device *d, ibidi_cu_stream s, const uint16_t *w, size_t rows,
                             size_t cols, const uint16_t *h, size_t n, float *y, size_t ldy);
 

@@ -1,5 +1,5 @@
-/* The device interface over the CUDA runtime and cuBLASLt, which nothing else calls. Every call's code
- * is checked; what cannot be got over marks the device as lost. */
+/* The device interface over the CUDA runtime and cuBLASLt, which nothing else calls. Every call's
+ * code is checked; what cannot be got over marks the device as lost. */
 #include "attention/cuda/device.h"
 
 #include <cublasLt.h>
@@ -69,13 +69,16 @@ static ibid_err check(cudaError_t e, const char *what) {
 
 static ibid_err check_blas(cublasStatus_t s, const char *what) {
     if (s == CUBLAS_STATUS_SUCCESS) return IBID_OK;
-    if (s == CUBLAS_STATUS_ALLOC_FAILED) return ibid_fail(IBID_NOMEM, "cuBLASLt: %s: no memory", what);
-    return ibid_fail(IBID_BACKEND, "cuBLASLt: %s: %s (%d)", what, cublasLtGetStatusString(s), (int)s);
+    if (s == CUBLAS_STATUS_ALLOC_FAILED)
+        return ibid_fail(IBID_NOMEM, "cuBLASLt: %s: no memory", what);
+    return ibid_fail(IBID_BACKEND, "cuBLASLt: %s: %s (%d)", what, cublasLtGetStatusString(s),
+                     (int)s);
 }
 
 extern "C" const char *ibid_device_library(void) {
     static char text[64];
-    (void)snprintf(text, sizeof text, "CUDA %d.%d", CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+    (void)snprintf(text, sizeof text, "CUDA %d.%d", CUDART_VERSION / 1000,
+                   CUDART_VERSION % 1000 / 10);
     return text;
 }
 
@@ -92,11 +95,11 @@ static ibid_err find(int number, cudaDeviceProp *p) {
         return ibid_fail(IBID_NOTSUP, "no GPU that CUDA can use: %s",
                          e == cudaSuccess ? "none is there" : cudaGetErrorString(e));
     }
-    if (number < 0 || number >= n)
-        return ibid_fail(IBID_NOTSUP, "GPU %d of %d", number, n);
+    if (number < 0 || number >= n) return ibid_fail(IBID_NOTSUP, "GPU %d of %d", number, n);
     if (cudaGetDeviceProperties(p, number) != cudaSuccess || p->major < MIN_MAJOR) {
         (void)cudaGetLastError();
-        return ibid_fail(IBID_NOTSUP, "GPU %d cannot be used: compute capability 8.0 is needed", number);
+        return ibid_fail(IBID_NOTSUP, "GPU %d cannot be used: compute capability 8.0 is needed",
+                         number);
     }
     return IBID_OK;
 }
@@ -184,14 +187,14 @@ static ibid_err copy(ibidi_cu_stream s, void *to, const void *from, size_t n, cu
     return n ? check(cudaMemcpyAsync(to, from, n, kind, (cudaStream_t)s), "copying") : IBID_OK;
 }
 
-extern "C" ibid_err ibid_device_upload(ibid_device *d, ibidi_cu_stream s, void *to, const void *from,
-                                       size_t n) {
+extern "C" ibid_err ibid_device_upload(ibid_device *d, ibidi_cu_stream s, void *to,
+                                       const void *from, size_t n) {
     (void)d;
     return copy(s, to, from, n, cudaMemcpyHostToDevice);
 }
 
-extern "C" ibid_err ibid_device_download(ibid_device *d, ibidi_cu_stream s, void *to, const void *from,
-                                         size_t n) {
+extern "C" ibid_err ibid_device_download(ibid_device *d, ibidi_cu_stream s, void *to,
+                                         const void *from, size_t n) {
     (void)d;
     return copy(s, to, from, n, cudaMemcpyDeviceToHost);
 }
@@ -202,7 +205,8 @@ extern "C" ibid_err ibid_device_copy(ibid_device *d, ibidi_cu_stream s, void *to
     return copy(s, to, from, n, cudaMemcpyDeviceToDevice);
 }
 
-extern "C" ibid_err ibid_device_fill(ibid_device *d, ibidi_cu_stream s, void *p, int byte, size_t n) {
+extern "C" ibid_err ibid_device_fill(ibid_device *d, ibidi_cu_stream s, void *p, int byte,
+                                     size_t n) {
     (void)d;
     return n ? check(cudaMemsetAsync(p, byte, n, (cudaStream_t)s), "filling") : IBID_OK;
 }
@@ -241,8 +245,8 @@ extern "C" ibid_err ibid_device_event_sync(ibid_device *d, ibid_device_event *e)
     return check(cudaEventSynchronize(e->e), "waiting for an event");
 }
 
-extern "C" ibid_err ibid_device_elapsed(ibid_device *d, ibid_device_event *from, ibid_device_event *to,
-                                        double *ms) {
+extern "C" ibid_err ibid_device_elapsed(ibid_device *d, ibid_device_event *from,
+                                        ibid_device_event *to, double *ms) {
     float f = 0;
     (void)d;
     ibid_err err = check(cudaEventElapsedTime(&f, from->e, to->e), "timing");
@@ -256,7 +260,8 @@ extern "C" ibid_err ibid_device_graph_begin(ibid_device *d, ibidi_cu_stream s) {
                  "beginning a graph");
 }
 
-extern "C" ibid_err ibid_device_graph_end(ibid_device *d, ibidi_cu_stream s, ibid_device_graph **out) {
+extern "C" ibid_err ibid_device_graph_end(ibid_device *d, ibidi_cu_stream s,
+                                          ibid_device_graph **out) {
     cudaGraph_t graph = NULL;
     (void)d;
     ibid_err err = check(cudaStreamEndCapture((cudaStream_t)s, &graph), "ending a graph");
@@ -274,7 +279,8 @@ extern "C" ibid_err ibid_device_graph_end(ibid_device *d, ibidi_cu_stream s, ibi
     return err;
 }
 
-extern "C" ibid_err ibid_device_graph_launch(ibid_device *d, ibid_device_graph *g, ibidi_cu_stream s) {
+extern "C" ibid_err ibid_device_graph_launch(ibid_device *d, ibid_device_graph *g,
+                                             ibidi_cu_stream s) {
     (void)d;
     return check(cudaGraphLaunch(g->exec, (cudaStream_t)s), "running a graph");
 }
@@ -299,9 +305,11 @@ static ibid_err describe(product *p, size_t rows, size_t cols, size_t n, size_t 
     cublasOperation_t turn = CUBLAS_OP_T;
     size_t space = WORKSPACE;
     ibid_err err;
-    if ((err = check_blas(cublasLtMatmulDescCreate(&p->how, CUBLAS_COMPUTE_32F, CUDA_R_32F), "product")) ||
+    if ((err = check_blas(cublasLtMatmulDescCreate(&p->how, CUBLAS_COMPUTE_32F, CUDA_R_32F),
+                          "product")) ||
         (err = check_blas(cublasLtMatmulDescSetAttribute(p->how, CUBLASLT_MATMUL_DESC_TRANSA, &turn,
-                                                         sizeof turn), "product")) ||
+                                                         sizeof turn),
+                          "product")) ||
         (err = check_blas(cublasLtMatrixLayoutCreate(&p->w, CUDA_R_16F, cols, rows, (int64_t)cols),
                           "product")) ||
         (err = check_blas(cublasLtMatrixLayoutCreate(&p->h, CUDA_R_16F, cols, n, (int64_t)cols),
@@ -309,25 +317,29 @@ static ibid_err describe(product *p, size_t rows, size_t cols, size_t n, size_t 
         (err = check_blas(cublasLtMatrixLayoutCreate(&p->y, CUDA_R_32F, rows, n, (int64_t)ldy),
                           "product")) ||
         (err = check_blas(cublasLtMatmulPreferenceCreate(&p->want), "product")) ||
-        (err = check_blas(cublasLtMatmulPreferenceSetAttribute(
-             p->want, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &space, sizeof space), "product")))
+        (err = check_blas(
+             cublasLtMatmulPreferenceSetAttribute(p->want, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                  &space, sizeof space),
+             "product")))
         return err;
     return IBID_OK;
 }
 
 extern "C" ibid_err ibid_device_matmul(ibid_device *d, ibidi_cu_stream s, const uint16_t *w,
-                                       size_t rows, size_t cols, const uint16_t *h, size_t n, float *y,
-                                       size_t ldy) {
+                                       size_t rows, size_t cols, const uint16_t *h, size_t n,
+                                       float *y, size_t ldy) {
     product p = {};
     cublasLtMatmulHeuristicResult_t best;
     float one = 1, zero = 0;
     int found = 0;
     ibid_err err = describe(&p, rows, cols, n, ldy);
     if (!err)
-        err = check_blas(cublasLtMatmulAlgoGetHeuristic(d->blas, p.how, p.w, p.h, p.y, p.y, p.want, 1,
-                                                        &best, &found), "choosing");
+        err = check_blas(cublasLtMatmulAlgoGetHeuristic(d->blas, p.how, p.w, p.h, p.y, p.y, p.want,
+                                                        1, &best, &found),
+                         "choosing");
     if (!err && found == 0)
-        err = ibid_fail(IBID_BACKEND, "cuBLASLt has no product of %zu x %zu with %zu rows", rows, cols, n);
+        err = ibid_fail(IBID_BACKEND, "cuBLASLt has no product of %zu x %zu with %zu rows", rows,
+                        cols, n);
     if (!err)
         err = check_blas(cublasLtMatmul(d->blas, p.how, &one, w, p.w, h, p.h, &zero, y, p.y, y, p.y,
                                         &best.algo, d->workspace, WORKSPACE, (cudaStream_t)s),

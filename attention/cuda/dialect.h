@@ -91,8 +91,8 @@ template <class... A>
 static ibid_err launch(const char *name, void (*kernel)(A...), dim3 grid, unsigned threads,
                        size_t shared, ibidi_cu_stream s, A... args) {
     if (shared > 48 * 1024) {
-        cudaError_t e = cudaFuncSetAttribute((const void *)kernel,
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+        cudaError_t e = cudaFuncSetAttribute(
+            (const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
         if (e != cudaSuccess) return ibidi_device_check((int)e, name);
     }
     kernel<<<grid, threads, shared, (cudaStream_t)s>>>(args...);

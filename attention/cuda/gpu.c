@@ -46,8 +46,8 @@ typedef struct packing {
 static void pack_part(void *arg, size_t part, size_t thread) {
     packing *p = arg;
     (void)thread;
-    ibid_err err = ibidi_cu_pack_panel(p->t, p->m, p->first + part,
-                                       p->to + part * ibidi_cu_panel_bytes(p->m));
+    ibid_err err =
+        ibidi_cu_pack_panel(p->t, p->m, p->first + part, p->to + part * ibidi_cu_panel_bytes(p->m));
     if (err) p->err = (int)err;
 }
 
@@ -63,9 +63,11 @@ static ibidi_cu_matrix put_matrix(walker *w, const ibid_tensor *t) {
         if ((w->err = ibid_device_sync(w->g->d, w->g->work))) break; /* space is free again */
         ibid_pool_run(w->pool, n, pack_part, &job);
         if (job.err)
-            w->err = ibid_fail((ibid_err)job.err, "a weight of the model is too large for the GPU's f16");
+            w->err = ibid_fail((ibid_err)job.err,
+                               "a weight of the model is too large for the GPU's f16");
         else
-            w->err = ibid_device_upload(w->g->d, w->g->work, w->base + at + p * bytes, w->space, n * bytes);
+            w->err = ibid_device_upload(w->g->d, w->g->work, w->base + at + p * bytes, w->space,
+                                        n * bytes);
     }
     return m;
 }
@@ -111,7 +113,8 @@ static ibid_err upload_weights(struct ibidi_gpu *g, ibid_pool *pool) {
         return ibid_fail(IBID_NOMEM, "no memory for a model's layers");
     walk(&w);
     for (size_t l = 0; l < g->m->n_layers; l++) {
-        size_t b = ibidi_cu_panel_bytes(&g->layers[l].down), c = ibidi_cu_panel_bytes(&g->layers[l].wo);
+        size_t b = ibidi_cu_panel_bytes(&g->layers[l].down),
+               c = ibidi_cu_panel_bytes(&g->layers[l].wo);
         widest = b > widest ? b : widest;
         widest = c > widest ? c : widest;
     }
@@ -134,10 +137,11 @@ static ibid_err upload_weights(struct ibidi_gpu *g, ibid_pool *pool) {
 static ibid_err check_model(const ibid_model *m) {
     size_t d = m->head_dim;
     if (d != 64 && d != 96 && d != 128 && d != 256)
-        return ibid_fail(IBID_NOTSUP, "heads of %zu dimensions on the GPU; it takes 64, 96, 128 or 256", d);
+        return ibid_fail(IBID_NOTSUP,
+                         "heads of %zu dimensions on the GPU; it takes 64, 96, 128 or 256", d);
     if (m->n_embd * sizeof(float) > 96 * 1024 || m->n_ff * sizeof(float) > 96 * 1024)
-        return ibid_fail(IBID_NOTSUP, "rows of %zu and %zu values on the GPU; it takes 24576", m->n_embd,
-                         m->n_ff);
+        return ibid_fail(IBID_NOTSUP, "rows of %zu and %zu values on the GPU; it takes 24576",
+                         m->n_embd, m->n_ff);
     return IBID_OK;
 }
 
@@ -212,12 +216,13 @@ bool ibidi_gpu_lost(const struct ibidi_gpu *g) {
 void ibidi_gpu_close(struct ibidi_gpu *g) {
     if (!g) return;
     if (g->d) {
-        ibidi_gpu_room *rooms[] = {&g->weights, &g->x,     &g->y,        &g->h,      &g->h_scale,
-                                   &g->y_scale, &g->q,     &g->tables,   &g->turned, &g->acc,
-                                   &g->state,   &g->lse,   &g->unpacked, &g->logits, &g->mass};
+        ibidi_gpu_room *rooms[] = {&g->weights, &g->x,   &g->y,        &g->h,      &g->h_scale,
+                                   &g->y_scale, &g->q,   &g->tables,   &g->turned, &g->acc,
+                                   &g->state,   &g->lse, &g->unpacked, &g->logits, &g->mass};
         if (g->work) (void)ibid_device_sync(g->d, g->work);
         if (g->copy) (void)ibid_device_sync(g->d, g->copy);
-        for (size_t i = 0; i < sizeof rooms / sizeof *rooms; i++) ibid_device_free(g->d, rooms[i]->p);
+        for (size_t i = 0; i < sizeof rooms / sizeof *rooms; i++)
+            ibid_device_free(g->d, rooms[i]->p);
         ibid_device_host_free(g->d, g->host_tables);
         for (size_t i = 0; i < IBIDI_GPU_STAGES; i++) {
             ibid_device_host_free(g->d, g->stages[i].p);

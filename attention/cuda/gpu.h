@@ -1,6 +1,7 @@
-/* The engine's other half where it runs on a GPU: the forward pass of a chunk of rows on the device.
- * engine.c checks steps and keeps sequences' positions and segments as ever; here live where KV lies on
- * the device, weights, and the order of kernels. Internal to the engine (engine_internal.h).
+/* The engine's other half where it runs on a GPU: the forward pass of a chunk of rows on the
+ * device. engine.c checks steps and keeps sequences' positions and segments as ever; here live
+ * where KV lies on the device, weights, and the order of kernels. Internal to the engine
+ * (engine_internal.h).
  *
  * gpu.c          opening: weights, the pool, scratch
  * gpu_seq.c      a sequence's pages: blocks pinned, live cells, tables; reading pages back
@@ -16,10 +17,11 @@
 #include "attention/engine_internal.h"
 
 enum {
-    IBIDI_GPU_CHUNK = 512,       /* rows of a pass */
-    IBIDI_GPU_LOGITS = 64,       /* rows that meet the output head together */
-    IBIDI_GPU_STAGES = 2,        /* staging buffers */
-    IBIDI_GPU_TURNED = 1u << 28, /* bytes of turned queries in a pass, about: longer steps are cut */
+    IBIDI_GPU_CHUNK = 512, /* rows of a pass */
+    IBIDI_GPU_LOGITS = 64, /* rows that meet the output head together */
+    IBIDI_GPU_STAGES = 2,  /* staging buffers */
+    IBIDI_GPU_TURNED =
+        1u << 28, /* bytes of turned queries in a pass, about: longer steps are cut */
 };
 
 /* Device memory that grows; its contents are lost when it does. */
@@ -56,7 +58,8 @@ struct ibidi_gpu {
     size_t stage_bytes, stage, staged;
 
     /* Of a pass. */
-    ibidi_gpu_room x, y, h, h_scale, y_scale, q, tables, turned, acc, state, lse, unpacked, logits, mass;
+    ibidi_gpu_room x, y, h, h_scale, y_scale, q, tables, turned, acc, state, lse, unpacked, logits,
+        mass;
     uint8_t *host_tables; /* pinned: rows, sequences, cos, sin, tiles, items, as in `tables` */
     size_t host_bytes;
     ibidi_cu_plan plan;
@@ -87,8 +90,8 @@ size_t ibidi_gpu_cell_bytes(const struct ibidi_gpu *g);
 bool ibidi_gpu_lost(const struct ibidi_gpu *g);
 ibid_err ibidi_gpu_reserve(struct ibidi_gpu *g, ibidi_gpu_room *r, size_t bytes);
 
-/* Pins a sequence's blocks, gives it cells for live rows [0, n_live), and brings its table up to date
- * (masks may have changed). */
+/* Pins a sequence's blocks, gives it cells for live rows [0, n_live), and brings its table up to
+ * date (masks may have changed). */
 ibid_err ibidi_gpu_seq_ready(struct ibidi_gpu *g, ibid_seq *s, size_t n_live);
 void ibidi_gpu_seq_close(struct ibidi_gpu *g, struct ibidi_gpu_seq *q);
 /* Live pages of a layer that hold rows [row0, row0 + n), for ibidi_gpu_page. */
@@ -101,5 +104,6 @@ ibid_err ibidi_gpu_load(struct ibidi_gpu *g, const ibid_step *step, size_t layer
 ibid_err ibidi_gpu_loaded(struct ibidi_gpu *g);
 
 /* Runs checked steps, whose sequences have base set. */
-ibid_err ibidi_gpu_forward(ibid_engine *e, ibid_step *steps, size_t n_steps, const atomic_bool *cancel);
+ibid_err ibidi_gpu_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,
+                           const atomic_bool *cancel);
 #endif

@@ -1,10 +1,13 @@
-/* A forward pass on the device. Pieces of steps travel through all layers together, as on the CPU, and
- * the CPU puts kernels on a stream; it waits only for stored KV that is missing, and at the end. */
+/* A forward pass on the device. Pieces of steps travel through all layers together, as on the CPU,
+ * and the CPU puts kernels on a stream; it waits only for stored KV that is missing, and at the
+ * end. */
 #include "attention/cuda/gpu.h"
 
 #include <string.h>
 
-enum { WEIGHT_SLICE = 64 * 1024 * 1024 /* bytes of f16 weights unpacked at once for the library */ };
+enum {
+    WEIGHT_SLICE = 64 * 1024 * 1024 /* bytes of f16 weights unpacked at once for the library */
+};
 
 /* Rows [row0, row0 + n) of a step at rows [at, at + n) of the pass. */
 typedef struct part {
@@ -51,7 +54,8 @@ static ibid_err reserve(struct ibidi_gpu *g, const pass *p) {
     size_t out = n < IBIDI_GPU_LOGITS ? n : IBIDI_GPU_LOGITS;
     ibid_err err;
     if ((err = ibidi_gpu_reserve(g, &g->x, n * m->n_embd * f)) ||
-        (err = ibidi_gpu_reserve(g, &g->y, n * largest(largest(qkv, 2 * m->n_ff), m->n_embd) * f)) ||
+        (err =
+             ibidi_gpu_reserve(g, &g->y, n * largest(largest(qkv, 2 * m->n_ff), m->n_embd) * f)) ||
         (err = ibidi_gpu_reserve(g, &g->h, n * lined(wide) * 2)) ||
         (err = ibidi_gpu_reserve(g, &g->h_scale, n * f)) ||
         (err = ibidi_gpu_reserve(g, &g->y_scale, n * f)) ||
@@ -126,7 +130,8 @@ static ibid_err make_tables(pass *p) {
     return IBID_OK;
 }
 
-static void set_heads(const struct ibidi_gpu *g, const ibid_probe *probe, size_t words, uint64_t *out) {
+static void set_heads(const struct ibidi_gpu *g, const ibid_probe *probe, size_t words,
+                      uint64_t *out) {
     size_t n_heads = g->m->n_heads;
     for (size_t bit = 0; bit < g->m->n_layers * n_heads; bit++) {
         if (probe->heads && !(probe->heads[bit / 64] >> bit % 64 & 1)) continue;
@@ -151,7 +156,8 @@ static void fill_tables(pass *p) {
                                          .position = s->positions[row],
                                          .live = (uint32_t)(s->seq->base + row),
                                          .token = (uint32_t)s->tokens[row]};
-            ibidi_rope_table(&g->m->rope, s->positions[row], 1, p->cos + at * half, p->sin + at * half);
+            ibidi_rope_table(&g->m->rope, s->positions[row], 1, p->cos + at * half,
+                             p->sin + at * half);
             if (row >= s->n - s->n_logits) p->wanted[p->n_wanted++] = (uint32_t)at;
         }
         p->pieces[i] = (ibidi_cu_piece){.seq = (uint32_t)i,
@@ -174,10 +180,12 @@ static ibid_err upload_tables(pass *p) {
     const ibidi_cu_plan *plan = &g->plan;
     size_t tiles_at = (size_t)((const uint8_t *)p->d_tiles - (const uint8_t *)g->tables.p);
     size_t items_at = (size_t)((const uint8_t *)p->d_items - (const uint8_t *)g->tables.p);
-    size_t n_tiles = plan->n_tiles[0] + plan->n_tiles[1], n_items = plan->n_items[0] + plan->n_items[1];
+    size_t n_tiles = plan->n_tiles[0] + plan->n_tiles[1],
+           n_items = plan->n_items[0] + plan->n_items[1];
     size_t end = items_at + n_items * sizeof *plan->items;
     if (end > g->host_bytes || tiles_at + n_tiles * sizeof *plan->tiles > items_at)
-        return ibid_fail(IBID_INTERNAL, "a plan of %zu tiles, %zu items outgrew its room", n_tiles, n_items);
+        return ibid_fail(IBID_INTERNAL, "a plan of %zu tiles, %zu items outgrew its room", n_tiles,
+                         n_items);
     memcpy(g->host_tables + tiles_at, plan->tiles, n_tiles * sizeof *plan->tiles);
     memcpy(g->host_tables + items_at, plan->items, n_items * sizeof *plan->items);
     return ibid_device_upload(g->d, g->work, g->tables.p, g->host_tables, end);
@@ -186,8 +194,8 @@ static ibid_err upload_tables(pass *p) {
 /* ---- Layers ---- */
 
 /* y[i, ..] of several matrices side by side. */
-static ibid_err linear(struct ibidi_gpu *g, const ibidi_cu_matrix *w, size_t n_w, size_t n, float *y,
-                       size_t ldy) {
+static ibid_err linear(struct ibidi_gpu *g, const ibidi_cu_matrix *w, size_t n_w, size_t n,
+                       float *y, size_t ldy) {
     size_t ldh = (size_t)w->k_tiles * IBIDI_CU_COLS, y0 = 0;
     ibid_err err = IBID_OK;
     if (n <= IBIDI_CU_FEW) return ibidi_cu_product(g->work, w, n_w, g->h.p, ldh, n, y, ldy);
@@ -198,8 +206,8 @@ static ibid_err linear(struct ibidi_gpu *g, const ibidi_cu_matrix *w, size_t n_w
         for (size_t r = 0; !err && r < w[m].rows; r += each) {
             size_t rows = w[m].rows - r < each ? w[m].rows - r : each;
             if (!(err = ibidi_cu_unpack(g->work, &w[m], r, rows, g->unpacked.p)))
-                err = ibid_device_matmul(g->d, g->work, g->unpacked.p, rows, ldh, g->h.p, n, y + y0 + r,
-                                         ldy);
+                err = ibid_device_matmul(g->d, g->work, g->unpacked.p, rows, ldh, g->h.p, n,
+                                         y + y0 + r, ldy);
         }
     }
     return err;
@@ -233,8 +241,8 @@ static ibid_err probe(const pass *p, size_t layer) {
         err = ibidi_cu_mass(g->work, &g->shape, &a, r->tile0, r->tiles * g->m->n_kv_heads,
                             r->tile_rows == IBIDI_CU_TILE_FINE, t->step->seq->gpu->n_stored_pages,
                             p->d_heads + (i * g->m->n_layers + layer) * p->words,
-                            (uint32_t)(t->at + lo - t->row0), (uint32_t)(t->at + hi - t->row0), g->lse.p,
-                            (float *)g->mass.p + t->mass_at * IBIDI_CU_PAGE);
+                            (uint32_t)(t->at + lo - t->row0), (uint32_t)(t->at + hi - t->row0),
+                            g->lse.p, (float *)g->mass.p + t->mass_at * IBIDI_CU_PAGE);
     }
     return err;
 }
@@ -279,13 +287,14 @@ static ibid_err run_layer(const pass *p, size_t layer) {
                             .pool = ibidi_pages_memory(g->pages),
                             .q = g->q.p};
     ibid_err err;
-    if ((err = ibidi_cu_norm(g->work, g->x.p, added, embd, layer ? g->y_scale.p : NULL, NULL, l->attn_norm,
-                             m->norm_eps, NULL, n, embd, g->h.p, lined(embd), g->h_scale.p)) ||
+    if ((err = ibidi_cu_norm(g->work, g->x.p, added, embd, layer ? g->y_scale.p : NULL, NULL,
+                             l->attn_norm, m->norm_eps, NULL, n, embd, g->h.p, lined(embd),
+                             g->h_scale.p)) ||
         (err = linear(g, l->qkv, 3, n, g->y.p, qkv)) ||
         (err = ibidi_cu_finish_heads(g->work, &g->shape, &heads, n)) || (err = attend(p, layer)) ||
         (err = linear(g, &l->wo, 1, n, g->y.p, embd)) ||
-        (err = ibidi_cu_norm(g->work, g->x.p, g->y.p, embd, NULL, l->bo, l->ffn_norm, m->norm_eps, NULL, n,
-                             embd, g->h.p, lined(embd), g->h_scale.p)) ||
+        (err = ibidi_cu_norm(g->work, g->x.p, g->y.p, embd, NULL, l->bo, l->ffn_norm, m->norm_eps,
+                             NULL, n, embd, g->h.p, lined(embd), g->h_scale.p)) ||
         (err = linear(g, l->ffn, 2, n, g->y.p, 2 * m->n_ff)) ||
         (err = ibidi_cu_swiglu(g->work, g->y.p, 2 * m->n_ff, g->h_scale.p, n, m->n_ff, g->h.p,
                                lined(m->n_ff), g->y_scale.p)) ||
@@ -354,7 +363,8 @@ static ibid_err run_layers(pass *p, const atomic_bool *cancel) {
     for (size_t layer = 0; !err && layer < p->n_layers; layer++) {
         if (cancel && atomic_load_explicit(cancel, memory_order_relaxed))
             return ibid_fail(IBID_CANCELLED, "cancelled before layer %zu", layer);
-        for (size_t i = 0; !err && i < p->n_parts; i++) err = ibidi_gpu_load(g, p->parts[i].step, layer);
+        for (size_t i = 0; !err && i < p->n_parts; i++)
+            err = ibidi_gpu_load(g, p->parts[i].step, layer);
         if (!err) err = ibidi_gpu_loaded(g);
         if (!err) err = run_layer(p, layer);
     }
@@ -390,7 +400,8 @@ static size_t most_rows(const struct ibidi_gpu *g, const ibid_step *s) {
     return most > 16 ? most / 16 * 16 : 16;
 }
 
-ibid_err ibidi_gpu_forward(ibid_engine *e, ibid_step *steps, size_t n_steps, const atomic_bool *cancel) {
+ibid_err ibidi_gpu_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,
+                           const atomic_bool *cancel) {
     struct ibidi_gpu *g = e->gpu;
     ibid_err err = IBID_OK;
     pass p = {.g = g, .words = (g->m->n_heads + 63) / 64};
@@ -406,7 +417,9 @@ ibid_err ibidi_gpu_forward(ibid_engine *e, ibid_step *steps, size_t n_steps, con
             size_t most = most_rows(g, &steps[i]), left = steps[i].n - row;
             size_t n = left < most ? left : most;
             if (n && p.n_parts && p.n_rows + n > IBIDI_GPU_CHUNK) break;
-            if (n) p.parts[p.n_parts++] = (part){.step = &steps[i], .row0 = row, .n = n, .at = p.n_rows};
+            if (n)
+                p.parts[p.n_parts++] =
+                    (part){.step = &steps[i], .row0 = row, .n = n, .at = p.n_rows};
             p.n_rows += n;
             row += n;
             if (row < steps[i].n) break;

@@ -104,7 +104,8 @@ static ibid_err update_table(struct ibidi_gpu *g, const ibid_seq *s) {
     list_cells(g, q, (uint32_t *)(void *)(next + cells_at));
     for (size_t i = 0; i < s->n_segs; i++) {
         if (!s->segs[i].cos) continue;
-        memcpy(next + turns_at + turn++ * n_rot * sizeof(float), s->segs[i].cos, n_rot * sizeof(float));
+        memcpy(next + turns_at + turn++ * n_rot * sizeof(float), s->segs[i].cos,
+               n_rot * sizeof(float));
     }
     if (bytes == q->uploaded_bytes && memcmp(next, q->uploaded, bytes) == 0) {
         ibid_free(next);

@@ -1,12 +1,12 @@
-/* Between a layer's first products and attention: queries, keys and values are finished head by head
- * (a warp a head), keys and values stored into live pages, and queries turned for each segment:
- * R(-d) R(p) q = R(p - d) q (docs/design.md section 4). */
+/* Between a layer's first products and attention: queries, keys and values are finished head by
+ * head (a warp a head), keys and values stored into live pages, and queries turned for each
+ * segment: R(-d) R(p) q = R(p - d) q (docs/design.md section 4). */
 #include "attention/cuda/dialect.h"
 
 enum { WARPS = 4, THREADS = 32 * WARPS, PARTS = IBIDI_CU_DIM_MAX / 32 };
 
-/* A head in a warp: lane l holds dimensions 32 i + l in v[i], i < dim / 32. space: [dim] of the warp.
- * pair: how RoPE pairs dimensions; sin times sign. */
+/* A head in a warp: lane l holds dimensions 32 i + l in v[i], i < dim / 32. space: [dim] of the
+ * warp. pair: how RoPE pairs dimensions; sin times sign. */
 IBIDI_DEV void turn_head(float v[PARTS], unsigned parts, unsigned n_rot, int pair_next,
                          const float *cos, const float *sin, float *space) {
     unsigned lane = threadIdx.x % 32, half = n_rot / 2;
@@ -18,7 +18,8 @@ IBIDI_DEV void turn_head(float v[PARTS], unsigned parts, unsigned n_rot, int pai
     for (unsigned i = 0; i < PARTS; i++) {
         unsigned d = 32 * i + lane;
         if (i >= parts || d >= n_rot) continue;
-        unsigned angle = pair_next ? d / 2 : d % half, other = pair_next ? d ^ 1u : (d + half) % n_rot;
+        unsigned angle = pair_next ? d / 2 : d % half,
+                 other = pair_next ? d ^ 1u : (d + half) % n_rot;
         bool first = pair_next ? d % 2 == 0 : d < half;
         float s = sin[angle];
         v[i] = v[i] * cos[angle] + space[other] * (first ? -s : s);
@@ -101,8 +102,9 @@ __global__ void __launch_bounds__(THREADS) finish_kernel(ibidi_cu_shape m, ibidi
     const ibidi_cu_seq *s = &a.seqs[r->seq];
     unsigned page = s->first_live + r->live / IBIDI_CU_PAGE;
     size_t head_bytes = ibidi_cu_head_bytes(dim, m.q8), plane = ibidi_cu_plane_bytes(dim, m.q8);
-    uint8_t *at = a.pool + (s->cells[(size_t)a.layer * s->room + page] * (size_t)m.n_kv_heads + kv_head) *
-                               head_bytes;
+    uint8_t *at =
+        a.pool +
+        (s->cells[(size_t)a.layer * s->room + page] * (size_t)m.n_kv_heads + kv_head) * head_bytes;
     uint8_t *scales = m.q8 ? at + 2 * plane + (is_k ? 0 : ibidi_cu_scale_bytes(dim, 1)) : NULL;
     if (is_k && m.q8) spread_head(v, parts);
     put_head(v, parts, is_k ? at : at + plane, (uint16_t *)(void *)scales, r->live % IBIDI_CU_PAGE);
@@ -123,8 +125,8 @@ __global__ void __launch_bounds__(THREADS)
     for (unsigned j = warp; j < n; j += WARPS) {
         float v[PARTS] = {};
         unsigned pair = t.pair0 + j;
-        const float *from = q + ((size_t)(t.row0 + pair / m.group) * m.n_heads + t.kv_head * m.group +
-                                 pair % m.group) *
+        const float *from = q + ((size_t)(t.row0 + pair / m.group) * m.n_heads +
+                                 t.kv_head * m.group + pair % m.group) *
                                     dim;
 #pragma unroll
         for (unsigned i = 0; i < PARTS; i++)
@@ -140,7 +142,8 @@ __global__ void __launch_bounds__(THREADS)
         }
     }
     __syncthreads();
-    /* Product i of part p: lane 4g + t holds dimensions 32 p + 8 t + 4 i + {0, 1}, then + {2, 3}. */
+    /* Product i of part p: lane 4g + t holds dimensions 32 p + 8 t + 4 i + {0, 1}, then + {2, 3}.
+     */
     uint32_t *to = (uint32_t *)(void *)turned + (size_t)(t.turned0 + turn) * dim / 16 * 128;
     for (unsigned k = threadIdx.x; k < dim / 16 * 128; k += THREADS) {
         unsigned r = k % 4, l = k / 4 % 32, i = k / 128 % 2, p = k / 256;

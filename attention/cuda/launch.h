@@ -20,36 +20,38 @@ extern "C" {
 /* x[r] += y[r] * y_scale[r] + bias, then h, scale = round(rmsnorm(x[r]) * w). y, y_scale, bias may
  * be NULL. rows: NULL, or the numbers of the rows of x (and y) to take: h is dense then and x is
  * left as it was. */
-ibid_err ibidi_cu_norm(ibidi_cu_stream s, float *x, const float *y, size_t ldy, const float *y_scale,
-                       const float *bias, const float *w, float eps, const uint32_t *rows, size_t n,
-                       size_t width, uint16_t *h, size_t ldh, float *scale);
+ibid_err ibidi_cu_norm(ibidi_cu_stream s, float *x, const float *y, size_t ldy,
+                       const float *y_scale, const float *bias, const float *w, float eps,
+                       const uint32_t *rows, size_t n, size_t width, uint16_t *h, size_t ldh,
+                       float *scale);
 /* h, scale = round(silu(g) u), g = y[r][0 .. n_ff) y_scale[r], u = y[r][n_ff ..) y_scale[r]. */
-ibid_err ibidi_cu_swiglu(ibidi_cu_stream s, const float *y, size_t ldy, const float *y_scale, size_t n,
-                         size_t n_ff, uint16_t *h, size_t ldh, float *scale);
+ibid_err ibidi_cu_swiglu(ibidi_cu_stream s, const float *y, size_t ldy, const float *y_scale,
+                         size_t n, size_t n_ff, uint16_t *h, size_t ldh, float *scale);
 /* y[r] *= scale[r] */
 ibid_err ibidi_cu_scale_rows(ibidi_cu_stream s, float *y, size_t ldy, const float *scale, size_t n,
                              size_t width);
 
 /* ---- product.cu ---- */
 
-/* y[i][y0[m] + r] = sum_c w[m][r, c] h[i, c] for i < n <= IBIDI_CU_FEW, on tensor cores, sums in f32.
- * h [.., ldh] f16, ldh a multiple of 64, columns past cols zero; rows of h from n up to the next
- * multiple of 8 are read (and must exist). mats is host memory. */
+/* y[i][y0[m] + r] = sum_c w[m][r, c] h[i, c] for i < n <= IBIDI_CU_FEW, on tensor cores, sums in
+ * f32. h [.., ldh] f16, ldh a multiple of 64, columns past cols zero; rows of h from n up to the
+ * next multiple of 8 are read (and must exist). mats is host memory. */
 ibid_err ibidi_cu_product(ibidi_cu_stream s, const ibidi_cu_matrix *mats, size_t n_mats,
                           const uint16_t *h, size_t ldh, size_t n, float *y, size_t ldy);
-/* Rows [row0, row0 + n) of a matrix as f16 [n, 64 k_tiles], for a library's product. row0 a multiple
- * of 16. */
+/* Rows [row0, row0 + n) of a matrix as f16 [n, 64 k_tiles], for a library's product. row0 a
+ * multiple of 16. */
 ibid_err ibidi_cu_unpack(ibidi_cu_stream s, const ibidi_cu_matrix *w, size_t row0, size_t n,
                          uint16_t *out);
 /* x[i] = row rows[i].token of the matrix. */
-ibid_err ibidi_cu_embed(ibidi_cu_stream s, const ibidi_cu_matrix *w, const ibidi_cu_row *rows, size_t n,
-                        float *x);
+ibid_err ibidi_cu_embed(ibidi_cu_stream s, const ibidi_cu_matrix *w, const ibidi_cu_row *rows,
+                        size_t n, float *x);
 
 /* ---- heads.cu ---- */
 
 /* y [n, ldy]: queries, keys, values of each row, times y_scale; adds biases, normalises heads (all
  * may be NULL), turns queries and keys by the rows' cos and sin [n, n_rot / 2]; queries times
- * score_scale go to q [n, n_heads * head_dim], keys and values to the rows' places in live pages. */
+ * score_scale go to q [n, n_heads * head_dim], keys and values to the rows' places in live pages.
+ */
 typedef struct ibidi_cu_heads {
     const float *y, *y_scale;
     size_t ldy;
@@ -88,19 +90,21 @@ typedef struct ibidi_cu_attend {
 ibid_err ibidi_cu_attention(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibidi_cu_attend *a,
                             size_t n_items, int fine);
 /* Merges each row's partials in order: h [n, ldh] f16, lse [n, n_heads] in base 2. */
-ibid_err ibidi_cu_merge(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibidi_cu_attend *a, size_t n,
-                        uint16_t *h, size_t ldh, float *lse);
+ibid_err ibidi_cu_merge(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibidi_cu_attend *a,
+                        size_t n, uint16_t *h, size_t ldh, float *lse);
 /* mass[64 page + j] += sum over the tiles' rows in [row_lo, row_hi) and heads whose bit of `heads`
  * [n_heads bits, NULL: all] is set, of 2^(score - lse), for pages [0, n_pages). */
 ibid_err ibidi_cu_mass(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibidi_cu_attend *a,
-                       size_t tile0, size_t n_tiles, int fine, size_t n_pages, const uint64_t *heads,
-                       uint32_t row_lo, uint32_t row_hi, const float *lse, float *mass);
+                       size_t tile0, size_t n_tiles, int fine, size_t n_pages,
+                       const uint64_t *heads, uint32_t row_lo, uint32_t row_hi, const float *lse,
+                       float *mass);
 
 /* ---- sample.cu ---- */
 
-/* One token of each row of logits [n, ld]. temperature[i] 0: the largest (the first of equals); else
- * the smallest set of most probable tokens whose probability reaches top_p[i] (with all that are as
- * probable as the last), one of them drawn by uniform[i] in [0, 1), in order of their numbers. */
+/* One token of each row of logits [n, ld]. temperature[i] 0: the largest (the first of equals);
+ * else the smallest set of most probable tokens whose probability reaches top_p[i] (with all that
+ * are as probable as the last), one of them drawn by uniform[i] in [0, 1), in order of their
+ * numbers. */
 ibid_err ibidi_cu_sample(ibidi_cu_stream s, const float *logits, size_t ld, size_t n, size_t vocab,
                          const float *temperature, const float *top_p, const float *uniform,
                          uint32_t *token);

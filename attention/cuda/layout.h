@@ -14,8 +14,8 @@
  * - F16: [j][lane] 16 bytes, registers 0..3
  * - I8 (w = d q): [j / 2][lane] 16 bytes; those of product j: r0 s0, r0 s1, r1 s0, ..., r3 s1;
  *   then d, f16 [g][t / 2][row g, row g + 8]
- * - U4 (w = d u + m): [lane] 16 bytes, word j: nibble r is (r, s = 0), nibble r + 4 (r, s = 1); then
- *   d, m, f16 [g][t / 2][row g, row g + 8][d, m] */
+ * - U4 (w = d u + m): [lane] 16 bytes, word j: nibble r is (r, s = 0), nibble r + 4 (r, s = 1);
+ * then d, m, f16 [g][t / 2][row g, row g + 8][d, m] */
 #ifndef IBID_ATTENTION_CUDA_LAYOUT_H
 #define IBID_ATTENTION_CUDA_LAYOUT_H
 

@@ -8,7 +8,8 @@ const char *ibid_device_library(void) {
 ibid_err ibidi_gpu_open(const ibid_model *m, const ibid_engine_opts *o, ibid_pool *pool,
                         const ibid_kernels *k, struct ibidi_gpu **out) {
     (void)m, (void)o, (void)pool, (void)k, (void)out;
-    return ibid_fail(IBID_NOTSUP, "this ibid was built without a CUDA toolkit; build it where nvcc is found");
+    return ibid_fail(IBID_NOTSUP,
+                     "this ibid was built without a CUDA toolkit; build it where nvcc is found");
 }
 
 static ibid_err never(void) {
@@ -48,7 +49,8 @@ const uint8_t *ibidi_gpu_page(const ibid_seq *s, size_t page, size_t layer, size
     return NULL;
 }
 
-ibid_err ibidi_gpu_forward(ibid_engine *e, ibid_step *steps, size_t n_steps, const atomic_bool *cancel) {
+ibid_err ibidi_gpu_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,
+                           const atomic_bool *cancel) {
     (void)e, (void)steps, (void)n_steps, (void)cancel;
     return never();
 }

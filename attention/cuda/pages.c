@@ -16,8 +16,8 @@ struct ibidi_pages {
     ibidi_block *buckets[BUCKETS];
 };
 
-ibid_err ibidi_pages_open(ibid_device *d, ibidi_cu_stream s, size_t cell_bytes, size_t want, size_t least,
-                          ibidi_pages **out) {
+ibid_err ibidi_pages_open(ibid_device *d, ibidi_cu_stream s, size_t cell_bytes, size_t want,
+                          size_t least, ibidi_pages **out) {
     ibid_err err = IBID_OK;
     size_t bytes = 0;
     ibidi_pages *p = ibid_calloc(1, sizeof *p);
@@ -113,10 +113,11 @@ static ibid_err make_room(ibidi_pages *p, size_t n) {
         p->stats.evicted++;
     }
     if (p->n_free >= n) return IBID_OK;
-    return ibid_fail(IBID_NOMEM,
-                     "the GPU's KV pool is full: %zu pages wanted, %zu free, %zu in all, the rest in use; ask "
-                     "fewer questions at once, or over fewer blocks, or give the pool more memory",
-                     n, p->n_free, p->stats.cells);
+    return ibid_fail(
+        IBID_NOMEM,
+        "the GPU's KV pool is full: %zu pages wanted, %zu free, %zu in all, the rest in use; ask "
+        "fewer questions at once, or over fewer blocks, or give the pool more memory",
+        n, p->n_free, p->stats.cells);
 }
 
 ibid_err ibidi_pages_take(ibidi_pages *p, uint32_t *cell) {

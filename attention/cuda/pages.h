@@ -26,10 +26,10 @@ typedef struct ibidi_pages_stats {
     uint64_t hits, misses, evicted; /* blocks */
 } ibidi_pages_stats;
 
-/* At least one cell; fewer than wanted if the device has not as many, never fewer than least. Zeroed.
- * Errors: NOMEM, BACKEND. */
-ibid_err ibidi_pages_open(ibid_device *d, ibidi_cu_stream s, size_t cell_bytes, size_t want, size_t least,
-                          ibidi_pages **out);
+/* At least one cell; fewer than wanted if the device has not as many, never fewer than least.
+ * Zeroed. Errors: NOMEM, BACKEND. */
+ibid_err ibidi_pages_open(ibid_device *d, ibidi_cu_stream s, size_t cell_bytes, size_t want,
+                          size_t least, ibidi_pages **out);
 void ibidi_pages_close(ibidi_pages *p);
 uint8_t *ibidi_pages_memory(const ibidi_pages *p);
 size_t ibidi_pages_cell_bytes(const ibidi_pages *p);

@@ -44,16 +44,17 @@ static ibid_err add_items(ibidi_cu_plan *o, size_t tile, size_t from, size_t to,
     ibid_err err = IBID_OK;
     for (size_t page = from; !err && page < to; page += each) {
         if ((err = room((void **)&o->items, &o->item_room, *at + 1, sizeof *o->items))) break;
-        o->items[(*at)++] = (ibidi_cu_item){.tile = (uint32_t)tile,
-                                            .page0 = (uint32_t)page,
-                                            .page1 = (uint32_t)(to - page < each ? to : page + each),
-                                            .partial = (uint32_t)(*partial)++};
+        o->items[(*at)++] =
+            (ibidi_cu_item){.tile = (uint32_t)tile,
+                            .page0 = (uint32_t)page,
+                            .page1 = (uint32_t)(to - page < each ? to : page + each),
+                            .partial = (uint32_t)(*partial)++};
     }
     return err;
 }
 
-static ibid_err add_tile(const ibidi_cu_shape *m, const ibidi_cu_piece *p, ibidi_cu_plan *o, bool fine,
-                         size_t head, size_t number, size_t *n_items, size_t *partial) {
+static ibid_err add_tile(const ibidi_cu_shape *m, const ibidi_cu_piece *p, ibidi_cu_plan *o,
+                         bool fine, size_t head, size_t number, size_t *n_items, size_t *partial) {
     size_t at = o->n_tiles[0] + o->n_tiles[1], stored, live, rows = tile_rows(fine);
     ibid_err err = room((void **)&o->tiles, &o->tile_room, at + 1, sizeof *o->tiles);
     if (err) return err;

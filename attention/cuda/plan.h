@@ -9,7 +9,9 @@
 
 #include <stdbool.h>
 
-enum { IBIDI_CU_BLOCKS = 528 }; /* thread blocks that a step is cut into: four to a unit of an H200 */
+enum {
+    IBIDI_CU_BLOCKS = 528
+}; /* thread blocks that a step is cut into: four to a unit of an H200 */
 
 /* Rows [row0, row0 + n) of the pass: a step of a sequence. */
 typedef struct ibidi_cu_piece {

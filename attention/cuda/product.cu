@@ -1,7 +1,7 @@
-/* Products of few rows of activations with packed weights, bound by the weights' bytes: each tile of
- * weights is read once, 16 bytes a lane, turned into the tensor core's left operand in registers,
- * and meets up to 64 rows. A thread block takes one panel of 16 weight rows; its warps share out
- * the panel's tiles and add up at the end, in a fixed order. */
+/* Products of few rows of activations with packed weights, bound by the weights' bytes: each tile
+ * of weights is read once, 16 bytes a lane, turned into the tensor core's left operand in
+ * registers, and meets up to 64 rows. A thread block takes one panel of 16 weight rows; its warps
+ * share out the panel's tiles and add up at the end, in a fixed order. */
 #include "attention/cuda/dialect.h"
 
 enum { WARPS = 8, THREADS = 32 * WARPS, ROWS = IBIDI_CU_ROWS, COLS = IBIDI_CU_COLS };
@@ -73,7 +73,9 @@ struct product_args {
 template <int type, int NT>
 IBIDI_DEV void product_panel(const product_args &a, const ibidi_cu_matrix &w, unsigned panel,
                              float acc[NT][4]) {
-    constexpr int DEEP = type == IBIDI_CU_F16 ? 1 : type == IBIDI_CU_I8 ? 2 : 4; /* tiles under way */
+    constexpr int DEEP = type == IBIDI_CU_F16  ? 1
+                         : type == IBIDI_CU_I8 ? 2
+                                               : 4; /* tiles under way */
     unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     size_t bytes = ibidi_cu_tile_bytes((ibidi_cu_type)type);
     const uint8_t *tiles = w.data + (size_t)panel * w.k_tiles * bytes;
@@ -94,7 +96,8 @@ IBIDI_DEV void product_panel(const product_args &a, const ibidi_cu_matrix &w, un
             for (int j = 0; j < 4; j++) p[i].expand(j, f[j]);
 #pragma unroll
             for (int t = 0; t < NT; t++) {
-                const uint4 *b = (const uint4 *)(const void *)(h + (size_t)(8 * t) * a.ldh + k * COLS);
+                const uint4 *b =
+                    (const uint4 *)(const void *)(h + (size_t)(8 * t) * a.ldh + k * COLS);
                 uint4 b0 = b[0], b1 = b[1];
                 mma_f16(acc[t], f[0][0], f[0][1], f[0][2], f[0][3], b0.x, b0.y);
                 mma_f16(acc[t], f[1][0], f[1][1], f[1][2], f[1][3], b0.z, b0.w);
@@ -135,7 +138,8 @@ template <int NT> __global__ void __launch_bounds__(THREADS) product_kernel(prod
 }
 
 extern "C" ibid_err ibidi_cu_product(ibidi_cu_stream s, const ibidi_cu_matrix *mats, size_t n_mats,
-                                     const uint16_t *h, size_t ldh, size_t n, float *y, size_t ldy) {
+                                     const uint16_t *h, size_t ldh, size_t n, float *y,
+                                     size_t ldy) {
     product_args a = {};
     unsigned panels = 0, y0 = 0;
     if (n == 0) return IBID_OK;
@@ -171,8 +175,7 @@ IBIDI_DEV void expand_tile(const uint8_t *tile, unsigned lane, uint32_t f[4][4])
 
 IBIDI_DEV void expand_any(const ibidi_cu_matrix &w, unsigned panel, unsigned k, unsigned lane,
                           uint32_t f[4][4]) {
-    const uint8_t *tile =
-        w.data + ((size_t)panel * w.k_tiles + k) * ibidi_cu_tile_bytes(w.type);
+    const uint8_t *tile = w.data + ((size_t)panel * w.k_tiles + k) * ibidi_cu_tile_bytes(w.type);
     if (w.type == IBIDI_CU_U4)
         expand_tile<IBIDI_CU_U4>(tile, lane, f);
     else if (w.type == IBIDI_CU_I8)
@@ -191,8 +194,8 @@ __global__ void __launch_bounds__(THREADS)
     for (unsigned half = 0; half < 2; half++) {
         unsigned row = blockIdx.y * ROWS + lane / 4 + 8 * half;
         if (row >= n) break;
-        uint2 *to = (uint2 *)(void *)(out + (size_t)row * w.k_tiles * COLS + k * COLS +
-                                      16 * (lane % 4));
+        uint2 *to =
+            (uint2 *)(void *)(out + (size_t)row * w.k_tiles * COLS + k * COLS + 16 * (lane % 4));
         for (int j = 0; j < 4; j++) to[j] = uint2{f[j][half], f[j][2 + half]};
     }
 }
@@ -215,11 +218,12 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-extern "C" ibid_err ibidi_cu_unpack(ibidi_cu_stream s, const ibidi_cu_matrix *w, size_t row0, size_t n,
-                                    uint16_t *out) {
+extern "C" ibid_err ibidi_cu_unpack(ibidi_cu_stream s, const ibidi_cu_matrix *w, size_t row0,
+                                    size_t n, uint16_t *out) {
     if (n == 0) return IBID_OK;
     dim3 grid((w->k_tiles + WARPS - 1) / WARPS, (unsigned)((n + ROWS - 1) / ROWS));
-    return launch("unpack", unpack_kernel, grid, THREADS, 0, s, *w, (unsigned)row0, (unsigned)n, out);
+    return launch("unpack", unpack_kernel, grid, THREADS, 0, s, *w, (unsigned)row0, (unsigned)n,
+                  out);
 }
 
 extern "C" ibid_err ibidi_cu_embed(ibidi_cu_stream s, const ibidi_cu_matrix *w,

@@ -5,7 +5,8 @@ enum { THREADS = 256 };
 
 /* The rounded row from what value(i) gives; every thread of the block takes part. */
 template <class F>
-IBIDI_DEV void round_row(F value, unsigned n, uint16_t *h, unsigned ldh, float *scale, float *space) {
+IBIDI_DEV void round_row(F value, unsigned n, uint16_t *h, unsigned ldh, float *scale,
+                         float *space) {
     float largest = 0;
     for (unsigned i = threadIdx.x; i < n; i += THREADS) largest = fmaxf(largest, fabsf(value(i)));
     float s = row_scale(block_reduce<true>(largest, space)), inverse = 1 / s;
@@ -34,8 +35,8 @@ __global__ void __launch_bounds__(THREADS)
     }
     sum = block_reduce<false>(sum, space[0]);
     float inverse = 1 / sqrtf(sum / (float)n + eps);
-    round_row([=](unsigned i) { return v[i] * inverse * w[i]; }, n, h + (size_t)blockIdx.x * ldh, ldh,
-              scale + blockIdx.x, space[1]);
+    round_row([=](unsigned i) { return v[i] * inverse * w[i]; }, n, h + (size_t)blockIdx.x * ldh,
+              ldh, scale + blockIdx.x, space[1]);
 }
 
 __global__ void __launch_bounds__(THREADS)
@@ -61,20 +62,20 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 extern "C" ibid_err ibidi_cu_norm(ibidi_cu_stream s, float *x, const float *y, size_t ldy,
-                                  const float *y_scale, const float *bias, const float *w, float eps,
-                                  const uint32_t *rows, size_t n, size_t width, uint16_t *h,
-                                  size_t ldh, float *scale) {
+                                  const float *y_scale, const float *bias, const float *w,
+                                  float eps, const uint32_t *rows, size_t n, size_t width,
+                                  uint16_t *h, size_t ldh, float *scale) {
     if (n == 0) return IBID_OK;
-    return launch("norm", norm_kernel, dim3((unsigned)n), THREADS, width * sizeof(float), s, x, y, ldy,
-                  y_scale, bias, w, eps, rows, (unsigned)width, h, (unsigned)ldh, scale);
+    return launch("norm", norm_kernel, dim3((unsigned)n), THREADS, width * sizeof(float), s, x, y,
+                  ldy, y_scale, bias, w, eps, rows, (unsigned)width, h, (unsigned)ldh, scale);
 }
 
 extern "C" ibid_err ibidi_cu_swiglu(ibidi_cu_stream s, const float *y, size_t ldy,
                                     const float *y_scale, size_t n, size_t n_ff, uint16_t *h,
                                     size_t ldh, float *scale) {
     if (n == 0) return IBID_OK;
-    return launch("swiglu", swiglu_kernel, dim3((unsigned)n), THREADS, n_ff * sizeof(float), s, y, ldy,
-                  y_scale, (unsigned)n_ff, h, (unsigned)ldh, scale);
+    return launch("swiglu", swiglu_kernel, dim3((unsigned)n), THREADS, n_ff * sizeof(float), s, y,
+                  ldy, y_scale, (unsigned)n_ff, h, (unsigned)ldh, scale);
 }
 
 extern "C" ibid_err ibidi_cu_scale_rows(ibidi_cu_stream s, float *y, size_t ldy, const float *scale,

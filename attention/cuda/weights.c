@@ -8,7 +8,8 @@
 enum { ROWS = IBIDI_CU_ROWS, COLS = IBIDI_CU_COLS, GROUP = 32 };
 
 ibidi_cu_matrix ibidi_cu_matrix_of(const ibid_tensor *t) {
-    ibidi_cu_matrix m = {.type = IBIDI_CU_F16, .rows = (uint32_t)t->rows, .cols = (uint32_t)t->cols};
+    ibidi_cu_matrix m = {
+        .type = IBIDI_CU_F16, .rows = (uint32_t)t->rows, .cols = (uint32_t)t->cols};
     if (t->type == IBID_Q4_0 || t->type == IBID_Q4_1 || t->type == IBID_Q4_K) m.type = IBIDI_CU_U4;
     if (t->type == IBID_Q8_0) m.type = IBIDI_CU_I8;
     m.panels = (m.rows + ROWS - 1) / ROWS;
@@ -31,10 +32,8 @@ typedef struct spot {
 
 static spot spot_of(size_t row, size_t col) {
     size_t in = col % 16;
-    return (spot){.j = in / 4,
-                  .lane = row % 8 * 4 + col / 16,
-                  .r = row / 8 + 2 * (in % 4 / 2),
-                  .s = in % 2};
+    return (spot){
+        .j = in / 4, .lane = row % 8 * 4 + col / 16, .r = row / 8 + 2 * (in % 4 / 2), .s = in % 2};
 }
 
 static void put_half(uint8_t *to, float f) {
@@ -46,7 +45,8 @@ static ibid_err put_f16(const float *w, size_t row, size_t n, uint8_t *tile) {
     for (size_t c = 0; c < n; c++) {
         spot p = spot_of(row, c);
         if (!(fabsf(w[c]) <= 65504))
-            return ibid_fail(IBID_NOTSUP, "a weight of %g is too large for the GPU's f16", (double)w[c]);
+            return ibid_fail(IBID_NOTSUP, "a weight of %g is too large for the GPU's f16",
+                             (double)w[c]);
         put_half(tile + (p.j * 32 + p.lane) * 16 + p.r * 4 + p.s * 2, w[c]);
     }
     return IBID_OK;
@@ -88,7 +88,8 @@ static ibid_err put_tile_row(const ibid_tensor *t, const ibidi_cu_matrix *m, con
     return IBID_OK;
 }
 
-ibid_err ibidi_cu_pack_panel(const ibid_tensor *t, const ibidi_cu_matrix *m, size_t panel, uint8_t *to) {
+ibid_err ibidi_cu_pack_panel(const ibid_tensor *t, const ibidi_cu_matrix *m, size_t panel,
+                             uint8_t *to) {
     const ibid_kernels *k = NULL;
     size_t bytes = ibidi_cu_tile_bytes(m->type);
     ibid_err err = ibid_kernels_get(NULL, &k);

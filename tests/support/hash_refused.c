@@ -1,5 +1,5 @@
-/* Stands in for rpc/base/hash.c where its libraries are not there (tools/gpu-check): nothing checked
- * there hashes, and what would hash ends the program rather than give a wrong hash. */
+/* Stands in for rpc/base/hash.c where its libraries are not there (tools/gpu-check): nothing
+ * checked there hashes, and what would hash ends the program rather than give a wrong hash. */
 #include "rpc/base/hash.h"
 
 #include <stdio.h>

@@ -1,5 +1,5 @@
-/* Device memory, random numbers and comparing, for the tests of the CUDA kernels; they run on a GPU or
- * on the emulator, whichever they are linked with. */
+/* Device memory, random numbers and comparing, for the tests of the CUDA kernels; they run on a GPU
+ * or on the emulator, whichever they are linked with. */
 #ifndef IBID_TEST_KERNEL_FIXTURE_H
 #define IBID_TEST_KERNEL_FIXTURE_H
 

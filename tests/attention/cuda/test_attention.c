@@ -65,7 +65,8 @@ static void fill_token(world *w, uint32_t cell, size_t token) {
         for (int plane = 0; plane < 2; plane++) {
             float size = fx_below(8) ? 1 : 3;
             for (size_t d = 0; d < dim; d++) v[d] = size * fx_normal();
-            uint8_t *at = (uint8_t *)(uintptr_t)(plane ? p.v : p.k) + token * dim * (w->m.q8 ? 1 : 2);
+            uint8_t *at =
+                (uint8_t *)(uintptr_t)(plane ? p.v : p.k) + token * dim * (w->m.q8 ? 1 : 2);
             uint16_t *scale = (uint16_t *)(uintptr_t)(plane ? p.v_scale : p.k_scale);
             fx.k->kv_pack(p.type, v, dim, at, scale ? scale + token * dim / 32 : NULL);
         }
@@ -160,8 +161,8 @@ static void upload(world *w, device_side *d, const float *q) {
 }
 
 static void drop(world *w, device_side *d) {
-    void *all[] = {d->pool, d->rows, d->seqs, d->tiles, d->items, d->turned, d->acc, d->state, d->lse,
-                   d->h,    d->q};
+    void *all[] = {d->pool, d->rows,  d->seqs, d->tiles, d->items, d->turned,
+                   d->acc,  d->state, d->lse,  d->h,     d->q};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) fx_free(all[i]);
     for (size_t i = 0; i < w->n_seqs; i++) {
         fx_free((void *)(uintptr_t)d->host[i].pages);
@@ -188,8 +189,8 @@ static void attend(const world *w, device_side *d) {
     ibidi_cu_plan *p = &d->plan;
     for (int fine = 1; fine >= 0; fine--) {
         size_t tile = fine ? 0 : p->n_tiles[1], item = fine ? 0 : p->n_items[1];
-        MUST(ibidi_cu_turn(fx.s, &w->m, d->tiles + tile, p->n_tiles[fine], p->max_turned, fine, d->seqs,
-                           d->q, d->turned));
+        MUST(ibidi_cu_turn(fx.s, &w->m, d->tiles + tile, p->n_tiles[fine], p->max_turned, fine,
+                           d->seqs, d->q, d->turned));
         a.items = d->items + item;
         MUST(ibidi_cu_attention(fx.s, &w->m, &a, p->n_items[fine], fine));
     }
@@ -223,7 +224,8 @@ static void each_page(const world *w, size_t row, size_t head, const float *q,
         memcpy(turned, q, dim * sizeof *q);
         if (p->turn) {
             angles(w, s->offset[p->turn - 1], -1, c, sn);
-            fx.k->rope(w->m.pair_next ? IBID_PAIR_NEXT : IBID_PAIR_HALF, turned, 1, dim, 2 * half, c, sn);
+            fx.k->rope(w->m.pair_next ? IBID_PAIR_NEXT : IBID_PAIR_HALF, turned, 1, dim, 2 * half,
+                       c, sn);
         }
         if (w->m.q8) fx.k->hadamard(turned, dim);
         /* In base e, as the CPU's kernels want them. */
@@ -273,7 +275,8 @@ static void check_attention(world *w, double *worst) {
     double *lse = calloc(w->n_rows * w->m.n_heads, sizeof *lse);
     uint64_t heads[4] = {0x5a5a5a5a5a5a5a5bu, 0, 0, 0}, *d_heads = fx_up(heads, sizeof heads);
     device_side d;
-    for (size_t i = 0; i < MAX_SEQS; i++) mass[i] = calloc(MAX_PAGES * IBIDI_CU_PAGE, sizeof(double));
+    for (size_t i = 0; i < MAX_SEQS; i++)
+        mass[i] = calloc(MAX_PAGES * IBIDI_CU_PAGE, sizeof(double));
     for (size_t i = 0; i < w->n_rows * w->m.n_heads; i++) {
         size_t row = i / w->m.n_heads, head = i % w->m.n_heads;
         sums s = {.state = {.max = -INFINITY}, .mass = mass[w->rows[row].seq]};
@@ -296,11 +299,12 @@ static void check_attention(world *w, double *worst) {
         const ibidi_cu_piece *p = &w->pieces[i];
         double off = fx_apart(got + p->row0 * q_dim, want + p->row0 * q_dim, p->n * q_dim);
         worst[0] = fmax(worst[0], off);
-        CHECK(off < 1e-3, "attention of %u rows, %u heads of %zu, group %u, %s: %g", p->n, w->m.n_heads,
-              dim, w->m.group, w->m.q8 ? "q8_0" : "f16", off);
+        CHECK(off < 1e-3, "attention of %u rows, %u heads of %zu, group %u, %s: %g", p->n,
+              w->m.n_heads, dim, w->m.group, w->m.q8 ? "q8_0" : "f16", off);
     }
     for (size_t i = 0; i < w->n_rows * w->m.n_heads; i++)
-        CHECK(fabs((double)got_lse[i] - lse[i]) < 2e-2, "lse %g, not %g", (double)got_lse[i], lse[i]);
+        CHECK(fabs((double)got_lse[i] - lse[i]) < 2e-2, "lse %g, not %g", (double)got_lse[i],
+              lse[i]);
     ibidi_cu_attend a = args_of(&d);
     for (size_t i = 0; i < w->n_seqs; i++) {
         const ibidi_cu_piece *p = &w->pieces[i];
@@ -311,8 +315,8 @@ static void check_attention(world *w, double *worst) {
         float *zero = calloc(n_mass + 1, 4), *dm = fx_up(zero, n_mass * 4 + 4);
         for (uint32_t r = 0; r < p->n; r++) /* rows that count are not one run here */
             if (r % 3 != 2)
-                MUST(ibidi_cu_mass(fx.s, &w->m, &a, first, n_tiles, fine, stored, d_heads, p->row0 + r,
-                                   p->row0 + r + 1, d.lse, dm));
+                MUST(ibidi_cu_mass(fx.s, &w->m, &a, first, n_tiles, fine, stored, d_heads,
+                                   p->row0 + r, p->row0 + r + 1, d.lse, dm));
         fx_down(zero, dm, n_mass * 4);
         double off = fx_apart(zero, mass[i], n_mass);
         worst[1] = fmax(worst[1], off);
@@ -391,24 +395,27 @@ static void test_attention(size_t rounds) {
     for (size_t i = 0; i < rounds; i++) {
         size_t most = i % 4 == 0 ? 1 : i % 4 == 1 ? 256 : 100, blocks = 1 + fx_below(6);
         if (i % 9 == 4) blocks = i % 18 == 4 ? 64 : 0, most = 20;
-        one_world(dims[i % 4], 1 + (uint32_t)fx_below(2), groups[i % 7], i / 4 % 2, 1 + i % MAX_SEQS,
-                  blocks, most, i % 3 ? 1 : 1 + fx_below(24), i % 5 == 3, worst);
+        one_world(dims[i % 4], 1 + (uint32_t)fx_below(2), groups[i % 7], i / 4 % 2,
+                  1 + i % MAX_SEQS, blocks, most, i % 3 ? 1 : 1 + fx_below(24), i % 5 == 3, worst);
     }
     printf("attention: at most %.2g apart; mass %.2g\n", worst[0], worst[1]);
 }
 
 /* ---- Finishing heads ---- */
 
-static void finish_reference(const world *w, float *v, size_t n, const float *bias, const float *norm,
-                             const float *c, const float *s) {
+static void finish_reference(const world *w, float *v, size_t n, const float *bias,
+                             const float *norm, const float *c, const float *s) {
     size_t dim = w->m.head_dim;
     if (bias) fx.k->add(v, bias, n * dim);
-    for (size_t h = 0; norm && h < n; h++) fx.k->rmsnorm(v + h * dim, norm, w->m.eps, v + h * dim, dim);
-    if (c) fx.k->rope(w->m.pair_next ? IBID_PAIR_NEXT : IBID_PAIR_HALF, v, n, dim, w->m.n_rot, c, s);
+    for (size_t h = 0; norm && h < n; h++)
+        fx.k->rmsnorm(v + h * dim, norm, w->m.eps, v + h * dim, dim);
+    if (c)
+        fx.k->rope(w->m.pair_next ? IBID_PAIR_NEXT : IBID_PAIR_HALF, v, n, dim, w->m.n_rot, c, s);
 }
 
 /* What lies in a page, as floats, keys spread back. */
-static void read_token(const world *w, uint32_t cell, size_t head, size_t token, bool value, float *out) {
+static void read_token(const world *w, uint32_t cell, size_t head, size_t token, bool value,
+                       float *out) {
     ibid_kv_view p = view_of(w, cell, head, IBIDI_CU_PAGE);
     size_t dim = w->m.head_dim, at = token * dim;
     const uint16_t *scale = value ? p.v_scale : p.k_scale;
@@ -431,12 +438,14 @@ static void check_heads(uint32_t dim, uint32_t n_kv, uint32_t group, bool q8, bo
     w.n_cells = CELLS;
     w.pool = malloc(CELLS * n_kv * w.head_bytes);
     for (size_t i = 0; i < N; i++) {
-        w.rows[i] = (ibidi_cu_row){.position = (uint32_t)(1000 + 7 * i), .live = (uint32_t)(61 + i)};
+        w.rows[i] =
+            (ibidi_cu_row){.position = (uint32_t)(1000 + 7 * i), .live = (uint32_t)(61 + i)};
         scale[i] = 0.5f + fx_uniform();
         angles(&w, w.rows[i].position, 1, c + i * half, s + i * half);
     }
     ibidi_cu_seq seq = {.cells = fx_up(cells, sizeof cells), .room = CELLS, .first_live = 1};
-    float *db = fx_up(b, width * 4), *dn = fx_up(norm, 2 * dim * 4), *dq = fx_up(NULL, N * q_dim * 4);
+    float *db = fx_up(b, width * 4), *dn = fx_up(norm, 2 * dim * 4),
+          *dq = fx_up(NULL, N * q_dim * 4);
     uint8_t *pool = fx_up(NULL, CELLS * n_kv * w.head_bytes);
     ibidi_cu_heads a = {.y = fx_up(y, N * ldy * 4),
                         .y_scale = fx_up(scale, sizeof scale),
@@ -460,11 +469,12 @@ static void check_heads(uint32_t dim, uint32_t n_kv, uint32_t group, bool q8, bo
         float *v = y + i * ldy, got[IBIDI_CU_DIM_MAX];
         double want[2048];
         for (size_t k = 0; k < width; k++) v[k] *= scale[i];
-        finish_reference(&w, v, w.m.n_heads, with_bias ? b : NULL, with_norm ? norm : NULL, c + i * half,
-                         s + i * half);
-        finish_reference(&w, v + q_dim, n_kv, with_bias ? b + q_dim : NULL, with_norm ? norm + dim : NULL,
+        finish_reference(&w, v, w.m.n_heads, with_bias ? b : NULL, with_norm ? norm : NULL,
                          c + i * half, s + i * half);
-        finish_reference(&w, v + q_dim + kv, n_kv, with_bias ? b + q_dim + kv : NULL, NULL, NULL, NULL);
+        finish_reference(&w, v + q_dim, n_kv, with_bias ? b + q_dim : NULL,
+                         with_norm ? norm + dim : NULL, c + i * half, s + i * half);
+        finish_reference(&w, v + q_dim + kv, n_kv, with_bias ? b + q_dim + kv : NULL, NULL, NULL,
+                         NULL);
         for (size_t k = 0; k < q_dim; k++) want[k] = (double)v[k] * (double)w.m.score_scale;
         double off = fx_apart(q + i * q_dim, want, q_dim);
         CHECK(off < 1e-5, "queries of %u: %g", dim, off);

@@ -1,6 +1,6 @@
-/* The whole engine on the device against the CPU's, on tiny random models of every architecture: plain
- * passes, stored blocks behind offsets, recomputation, probes, decoding, batches; the pool's eviction and
- * sharing; failing calls and a lost device. */
+/* The whole engine on the device against the CPU's, on tiny random models of every architecture:
+ * plain passes, stored blocks behind offsets, recomputation, probes, decoding, batches; the pool's
+ * eviction and sharing; failing calls and a lost device. */
 #include "attention/cuda/device.h"
 #include "attention/cuda/layout.h"
 #include "attention/cuda/pages.h"
@@ -39,12 +39,11 @@ static void open_model(world *w, const ibid_test_gguf *spec) {
 static void open_world(world *w, const ibid_test_gguf *spec, ibid_kv_type kv, size_t memory) {
     open_model(w, spec);
     MUST(ibid_engine_open(w->m, &(ibid_engine_opts){.n_threads = 2}, &w->cpu));
-    MUST(ibid_engine_open(w->m,
-                          &(ibid_engine_opts){.n_threads = 2,
-                                              .backend = IBID_BACKEND_CUDA,
-                                              .gpu_kv = kv,
-                                              .gpu_memory = memory},
-                          &w->gpu));
+    MUST(ibid_engine_open(
+        w->m,
+        &(ibid_engine_opts){
+            .n_threads = 2, .backend = IBID_BACKEND_CUDA, .gpu_kv = kv, .gpu_memory = memory},
+        &w->gpu));
     CHECK(strcmp(ibid_engine_backend(w->gpu), "cuda") == 0, "%s", ibid_engine_backend(w->gpu));
 }
 
@@ -55,7 +54,8 @@ static void close_world(world *w) {
 }
 
 static ibid_test_gguf spec_of(size_t i) {
-    static const ibid_type types[] = {IBID_F32, IBID_F16, IBID_Q8_0, IBID_Q4_0, IBID_Q4_1, IBID_BF16};
+    static const ibid_type types[] = {IBID_F32,  IBID_F16,  IBID_Q8_0,
+                                      IBID_Q4_0, IBID_Q4_1, IBID_BF16};
     ibid_test_gguf s = {.n_layers = 2,
                         .n_embd = 256,
                         .n_heads = 4,
@@ -130,8 +130,8 @@ static void test_plain(void) {
             double d = apart(got, want, n * VOCAB);
             for (size_t r = 0; r < n; r++) agree += top(got + r * VOCAB) == top(want + r * VOCAB);
             all += n;
-            printf("%s %s, %s KV: %.2g apart\n", spec.arch ? spec.arch : "llama", ibid_type_name(spec.type),
-                   kv == IBID_KV_F16 ? "f16" : "q8_0", d);
+            printf("%s %s, %s KV: %.2g apart\n", spec.arch ? spec.arch : "llama",
+                   ibid_type_name(spec.type), kv == IBID_KV_F16 ? "f16" : "q8_0", d);
             CHECK(d < (kv == IBID_KV_F16 ? 4e-3 : 2e-2), "%g", d);
             free(want), free(got);
             close_world(&w);
@@ -157,8 +157,8 @@ static void *planes(stored *st, size_t bytes) {
 }
 
 /* A block encoded behind the prefix by an engine, as KV of a type. */
-static void encode(ibid_engine *e, const ibid_segment *prefix, size_t from, uint32_t first, size_t n,
-                   ibid_kv_type type, stored *st) {
+static void encode(ibid_engine *e, const ibid_segment *prefix, size_t from, uint32_t first,
+                   size_t n, ibid_kv_type type, stored *st) {
     int32_t tokens[MAX_TOKENS];
     uint32_t positions[MAX_TOKENS];
     const ibid_model *m = ibid_engine_model(e);
@@ -331,7 +331,8 @@ static void test_pool(void) {
 }
 
 #ifdef IBIDI_EMULATED
-/* Every call of the device that fails is reported, and the engine goes on; a lost device is seen. */
+/* Every call of the device that fails is reported, and the engine goes on; a lost device is seen.
+ */
 static void test_faults(void) {
     world w;
     corpus c;
@@ -367,7 +368,8 @@ static void test_faults(void) {
     ibidi_emulator_fail_at(0, false);
     free_corpus(&c);
     close_world(&w);
-    CHECK(ibidi_emulator_in_use() == 0, "%zu bytes of device memory are left", ibidi_emulator_in_use());
+    CHECK(ibidi_emulator_in_use() == 0, "%zu bytes of device memory are left",
+          ibidi_emulator_in_use());
     printf("%zu failing calls reported\n", failed);
 }
 

@@ -39,7 +39,8 @@ static void test_norm(void) {
         size_t width = 1 + fx_below(700), n = 2 + fx_below(5), ldy = width + fx_below(9);
         size_t ldh = up64(width), n_out = pick ? 2 : n;
         float big = round % 3 ? 1 : 3e7f; /* f16 alone would overflow */
-        float *x = fx_normals(n * width, big), *y = fx_normals(n * ldy, big), *w = fx_normals(width, 1);
+        float *x = fx_normals(n * width, big), *y = fx_normals(n * ldy, big),
+              *w = fx_normals(width, 1);
         float *bias = fx_normals(width, 1), ys[MAX_ROWS], scale[MAX_ROWS];
         uint32_t rows[2] = {(uint32_t)(n - 1), 0};
         double *want = calloc(n * width, sizeof *want), *sum = calloc(n * width, sizeof *sum);
@@ -57,11 +58,13 @@ static void test_norm(void) {
                 want[i * width + c] = v[c] / sqrt(square / (double)width + 1e-5) * (double)w[c];
         }
         float *dx = fx_up(x, n * width * 4), *dy = fx_up(y, n * ldy * 4), *dw = fx_up(w, width * 4);
-        float *db = fx_up(bias, width * 4), *dys = fx_up(ys, sizeof ys), *ds = fx_up(NULL, sizeof scale);
+        float *db = fx_up(bias, width * 4), *dys = fx_up(ys, sizeof ys),
+              *ds = fx_up(NULL, sizeof scale);
         uint32_t *dr = fx_up(rows, sizeof rows);
         uint16_t *dh = fx_up(NULL, n * ldh * 2), *h = malloc(n * ldh * 2);
-        MUST(ibidi_cu_norm(fx.s, dx, with_y ? dy : NULL, ldy, with_y ? dys : NULL, with_bias ? db : NULL,
-                           dw, 1e-5f, pick ? dr : NULL, n_out, width, dh, ldh, ds));
+        MUST(ibidi_cu_norm(fx.s, dx, with_y ? dy : NULL, ldy, with_y ? dys : NULL,
+                           with_bias ? db : NULL, dw, 1e-5f, pick ? dr : NULL, n_out, width, dh,
+                           ldh, ds));
         fx_down(h, dh, n_out * ldh * 2);
         fx_down(scale, ds, n_out * 4);
         double d = rounded_apart(h, ldh, scale, want, n_out, width);
@@ -88,7 +91,8 @@ static void test_swiglu(void) {
             double g = (double)y[r * ldy + c] * (double)ys[r];
             want[i] = g / (1 + exp(-g)) * (double)y[r * ldy + width + c] * (double)ys[r];
         }
-        float *dy = fx_up(y, n * ldy * 4), *dys = fx_up(ys, sizeof ys), *ds = fx_up(NULL, sizeof scale);
+        float *dy = fx_up(y, n * ldy * 4), *dys = fx_up(ys, sizeof ys),
+              *ds = fx_up(NULL, sizeof scale);
         uint16_t *dh = fx_up(NULL, n * ldh * 2), *h = malloc(n * ldh * 2);
         MUST(ibidi_cu_swiglu(fx.s, dy, ldy, dys, n, width, dh, ldh, ds));
         fx_down(h, dh, n * ldh * 2);
@@ -121,7 +125,8 @@ static void make_row(ibid_type type, const float *v, size_t cols, uint8_t *out) 
     for (size_t c = 0; c < cols && (type == IBID_F16 || type == IBID_BF16); c++) {
         uint32_t bits;
         memcpy(&bits, v + c, sizeof bits);
-        test_put_half(out + 2 * c, type == IBID_F16 ? ibid_f32_to_f16(v[c]) : (uint16_t)(bits >> 16));
+        test_put_half(out + 2 * c,
+                      type == IBID_F16 ? ibid_f32_to_f16(v[c]) : (uint16_t)(bits >> 16));
     }
     for (size_t c = 0; c < cols && ibid_type_block(type) > 1; c += ibid_type_block(type))
         out += test_quantise(type, v + c, ibid_f32_to_f16, out);
@@ -155,8 +160,9 @@ static void free_weights(weights *w) {
 }
 
 static void test_product(void) {
-    static const ibid_type types[] = {IBID_F32,  IBID_F16,  IBID_BF16, IBID_Q8_0, IBID_Q4_0, IBID_Q4_1,
-                                      IBID_Q5_0, IBID_Q5_1, IBID_Q4_K, IBID_Q5_K, IBID_Q6_K};
+    static const ibid_type types[] = {IBID_F32,  IBID_F16,  IBID_BF16, IBID_Q8_0,
+                                      IBID_Q4_0, IBID_Q4_1, IBID_Q5_0, IBID_Q5_1,
+                                      IBID_Q4_K, IBID_Q5_K, IBID_Q6_K};
     static const size_t counts[] = {1, 3, 8, 9, 17, 40, 64};
     double worst = 0;
     for (size_t i = 0; i < 22; i++) {
@@ -183,7 +189,8 @@ static void test_product(void) {
         for (size_t m = 0; m < n_mats; y0 += w[m++].t.rows) {
             double *want = calloc(n * w[m].t.rows, sizeof *want);
             float *got = calloc(n * w[m].t.rows, sizeof *got);
-            uint16_t *dw = fx_up(NULL, w[m].t.rows * ldh * 2), *full = malloc(w[m].t.rows * ldh * 2);
+            uint16_t *dw = fx_up(NULL, w[m].t.rows * ldh * 2),
+                     *full = malloc(w[m].t.rows * ldh * 2);
             for (size_t k = 0; k < n; k++) {
                 for (size_t r = 0; r < w[m].t.rows; r++) {
                     got[k * w[m].t.rows + r] = y[k * ldy + y0 + r];
@@ -229,7 +236,8 @@ static void test_embed(void) {
     for (size_t i = 0; i < 3; i++) {
         enum { ROWS = 77, COLS = 160, N = 5 };
         weights w = make_weights(types[i], ROWS, COLS);
-        ibidi_cu_row rows[N] = {{.token = 0}, {.token = 76}, {.token = 8}, {.token = 7}, {.token = 31}};
+        ibidi_cu_row rows[N] = {
+            {.token = 0}, {.token = 76}, {.token = 8}, {.token = 7}, {.token = 31}};
         ibidi_cu_row *dr = fx_up(rows, sizeof rows);
         float *dx = fx_up(NULL, sizeof(float[N][COLS])), x[N][COLS];
         MUST(ibidi_cu_embed(fx.s, &w.m, dr, N, dx));
@@ -276,7 +284,8 @@ static void test_sample(void) {
                     all += w;
                     if (w > mine) above += w;
                 }
-                CHECK(above < (double)p[i] * all * (1 + 1e-4), "token %u is outside of top-p", token[i]);
+                CHECK(above < (double)p[i] * all * (1 + 1e-4), "token %u is outside of top-p",
+                      token[i]);
                 for (int pass = 0; pass < 2; pass++) {
                     for (size_t v = 0; v < vocab; v++) {
                         double higher = 0;

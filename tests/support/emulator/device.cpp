@@ -161,15 +161,15 @@ static ibid_err copy(ibidi_cu_stream s, void *to, const void *from, size_t n) {
     return ibidi_emulator_put(s, "copying", [=] { memmove(to, from, n); });
 }
 
-extern "C" ibid_err ibid_device_upload(ibid_device *d, ibidi_cu_stream s, void *to, const void *from,
-                                       size_t n) {
+extern "C" ibid_err ibid_device_upload(ibid_device *d, ibidi_cu_stream s, void *to,
+                                       const void *from, size_t n) {
     (void)d;
     uploaded += n;
     return copy(s, to, from, n);
 }
 
-extern "C" ibid_err ibid_device_download(ibid_device *d, ibidi_cu_stream s, void *to, const void *from,
-                                         size_t n) {
+extern "C" ibid_err ibid_device_download(ibid_device *d, ibidi_cu_stream s, void *to,
+                                         const void *from, size_t n) {
     (void)d;
     return copy(s, to, from, n);
 }
@@ -180,7 +180,8 @@ extern "C" ibid_err ibid_device_copy(ibid_device *d, ibidi_cu_stream s, void *to
     return copy(s, to, from, n);
 }
 
-extern "C" ibid_err ibid_device_fill(ibid_device *d, ibidi_cu_stream s, void *p, int byte, size_t n) {
+extern "C" ibid_err ibid_device_fill(ibid_device *d, ibidi_cu_stream s, void *p, int byte,
+                                     size_t n) {
     (void)d;
     return ibidi_emulator_put(s, "filling", [=] { memset(p, byte, n); });
 }
@@ -224,8 +225,8 @@ extern "C" ibid_err ibid_device_event_sync(ibid_device *d, ibid_device_event *e)
     return err;
 }
 
-extern "C" ibid_err ibid_device_elapsed(ibid_device *d, ibid_device_event *from, ibid_device_event *to,
-                                        double *ms) {
+extern "C" ibid_err ibid_device_elapsed(ibid_device *d, ibid_device_event *from,
+                                        ibid_device_event *to, double *ms) {
     (void)d;
     *ms = to->at - from->at;
     return trouble("timing");
@@ -240,7 +241,8 @@ extern "C" ibid_err ibid_device_graph_begin(ibid_device *d, ibidi_cu_stream s) {
     return IBID_OK;
 }
 
-extern "C" ibid_err ibid_device_graph_end(ibid_device *d, ibidi_cu_stream s, ibid_device_graph **out) {
+extern "C" ibid_err ibid_device_graph_end(ibid_device *d, ibidi_cu_stream s,
+                                          ibid_device_graph **out) {
     stream *st = (stream *)s;
     (void)d;
     st->keeping = false;
@@ -251,7 +253,8 @@ extern "C" ibid_err ibid_device_graph_end(ibid_device *d, ibidi_cu_stream s, ibi
     return err;
 }
 
-extern "C" ibid_err ibid_device_graph_launch(ibid_device *d, ibid_device_graph *g, ibidi_cu_stream s) {
+extern "C" ibid_err ibid_device_graph_launch(ibid_device *d, ibid_device_graph *g,
+                                             ibidi_cu_stream s) {
     (void)d;
     return ibidi_emulator_put(s, "running a graph", [=] {
         for (auto &f : g->work) f();
@@ -264,8 +267,8 @@ extern "C" void ibid_device_graph_close(ibid_device *d, ibid_device_graph *g) {
 }
 
 extern "C" ibid_err ibid_device_matmul(ibid_device *d, ibidi_cu_stream s, const uint16_t *w,
-                                       size_t rows, size_t cols, const uint16_t *h, size_t n, float *y,
-                                       size_t ldy) {
+                                       size_t rows, size_t cols, const uint16_t *h, size_t n,
+                                       float *y, size_t ldy) {
     (void)d;
     return ibidi_emulator_put(s, "multiplying", [=] {
         std::vector<float> row(cols);

@@ -1,7 +1,7 @@
-#include "rpc/base/sanitized.h"
-#include "attention/cuda/launch.h"
-#include "tests/support/emulator/device.h"
 #include "tests/support/emulator/grid.h"
+#include "attention/cuda/launch.h"
+#include "rpc/base/sanitized.h"
+#include "tests/support/emulator/device.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -209,7 +209,8 @@ const uint8_t *exchange(const void *mine, size_t size) {
 }
 
 void copy_async(void *to, const void *from) {
-    if ((uintptr_t)to % 16 || (uintptr_t)from % 16) stop("an asynchronous copy that is not aligned");
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16)
+        stop("an asynchronous copy that is not aligned");
     fibers[current].open.push_back(copy{to, from});
 }
 

@@ -1,9 +1,9 @@
 /* A grid of thread blocks on the CPU, for tests of the CUDA kernels where there is no GPU: the
  * kernels' sources compiled as C++ against this. Every thread of a block is a fiber; blocks run one
  * after the other. Threads run until they meet a barrier or an exchange, in an order that
- * ibidi_emulator_order() (device.h) shuffles, so that a missing barrier shows as a wrong result in some order.
- * Asynchronous copies take effect only when they are waited for. Dynamic shared memory is filled with
- * NaN before each block. A barrier that not all threads reach ends the program.
+ * ibidi_emulator_order() (device.h) shuffles, so that a missing barrier shows as a wrong result in
+ * some order. Asynchronous copies take effect only when they are waited for. Dynamic shared memory
+ * is filled with NaN before each block. A barrier that not all threads reach ends the program.
  *
  * What it cannot find: errors of memory order between threads that a barrier does not separate but
  * that happen to run in a harmless order in every shuffle, races between blocks, and anything
@@ -17,6 +17,8 @@
 #include <string.h>
 
 #include <functional>
+
+#include "attention/cuda/launch.h"
 
 extern "C" {
 float ibid_f16_to_f32(uint16_t h);
@@ -102,7 +104,8 @@ IBIDI_DEV uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t s) {
     }
     return out;
 }
-/* Fragments by the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": lane = 4 g
+/* Fragments by the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": lane = 4
+ * g
  * + t. a: registers 0..3 hold (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..); b:
  * (2t.., g), (2t + 8.., g); c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). */
 IBIDI_DEV void mma_f16(float c[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
