@@ -465,7 +465,7 @@ static ibid_err open_blocks(answering *a, ibid_placed_block *placed, float **mas
         b->ask = a->asked[a->n - 1 - i]; /* best last, next to the question */
         a->stored[i] = &b->stored;
         if ((e = open_block(a, b))) break;
-        placed[i] = (ibid_placed_block){b->layers, b->tokens, a->reader.n_prefix, offset};
+        placed[i] = (ibid_placed_block){b->layers, b->tokens, a->reader.n_prefix, offset, b->ask.block};
         mass[i] = b->mass;
         offset += b->n_tokens;
     }

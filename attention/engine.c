@@ -1,3 +1,4 @@
+#include "attention/cuda/gpu.h"
 #include "attention/engine_internal.h"
 
 #include <math.h>
@@ -112,6 +113,12 @@ static ibid_err plan_shape(ibid_engine *e) {
 
 /* How live KV is kept, and what attends to it. */
 static void plan_pages(ibid_engine *e) {
+    if (e->gpu) {
+        e->live_type = ibidi_gpu_kv_type(e->gpu);
+        e->page_tokens = IBIDI_CU_PAGE;
+        e->page_bytes = e->m->n_layers * ibidi_gpu_cell_bytes(e->gpu);
+        return;
+    }
     e->live_type = e->int8 && e->m->head_dim % 32 == 0 ? IBID_KV_Q8_0 : IBID_KV_F32;
     e->attn = e->int8 && e->k->attn_i8 ? e->k->attn_i8 : e->k->attn;
     if (e->live_type == IBID_KV_Q8_0) { /* an f16 per 32 values */
@@ -123,16 +130,25 @@ static void plan_pages(ibid_engine *e) {
     }
 }
 
+/* On the GPU, if it is wanted and there. */
+static ibid_err open_gpu(ibid_engine *e, const ibid_engine_opts *o) {
+    if (!o || o->backend == IBID_BACKEND_CPU) return IBID_OK;
+    ibid_err err = ibidi_gpu_open(e->m, o, e->pool, e->k, &e->gpu);
+    if (o->backend == IBID_BACKEND_AUTO && (err == IBID_NOTSUP || err == IBID_NOMEM))
+        return IBID_OK;
+    return err;
+}
+
 ibid_err ibid_engine_open(const ibid_model *m, const ibid_engine_opts *o, ibid_engine **out) {
     ibid_err err;
     ibid_engine *e = ibid_calloc(1, sizeof *e);
     if (!e) return ibid_fail(IBID_NOMEM, "no memory for an engine");
     e->m = m;
     if ((err = plan_shape(e)) || (err = ibid_kernels_get(o ? o->kernels : NULL, &e->k)) ||
-        (err = ibid_pool_open(o ? o->n_threads : 0, &e->pool)))
+        (err = ibid_pool_open(o ? o->n_threads : 0, &e->pool)) || (err = open_gpu(e, o)))
         goto done;
     e->n_threads = ibid_pool_size(e->pool);
-    e->int8 = o && o->int8 && e->k->matmul_q8;
+    e->int8 = o && o->int8 && e->k->matmul_q8 && !e->gpu;
     if (e->int8 && (err = ibidi_pack_open(m, o->cache, e->pool, &e->pack))) goto done;
     plan_pages(e);
     if ((err = open_threads(e))) goto done;
@@ -145,6 +161,7 @@ done:
 
 void ibid_engine_close(ibid_engine *e) {
     if (!e) return;
+    ibidi_gpu_close(e->gpu);
     ibid_pool_close(e->pool);
     ibidi_pack_close(&e->pack);
     ibid_free(e->threads);
@@ -159,6 +176,14 @@ void ibid_engine_close(ibid_engine *e) {
 
 const ibid_model *ibid_engine_model(const ibid_engine *e) {
     return e->m;
+}
+
+const char *ibid_engine_backend(const ibid_engine *e) {
+    return e->gpu ? "cuda" : "cpu";
+}
+
+bool ibid_engine_lost(const ibid_engine *e) {
+    return e->gpu && ibidi_gpu_lost(e->gpu);
 }
 
 /* ---- Checking and scratch ---- */
@@ -526,9 +551,12 @@ ibid_err ibid_engine_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,
     for (size_t i = 0; i < n_steps; i++) {
         if ((err = ibidi_seq_reserve(steps[i].seq, steps[i].seq->n_live + steps[i].n))) goto done;
     }
-    if ((err = reserve_rows(e, n_rows < IBIDI_CHUNK ? n_rows : IBIDI_CHUNK)) ||
-        (err = reserve_pieces(e, n_steps < IBIDI_CHUNK ? n_steps : IBIDI_CHUNK)) ||
-        (err = reserve_logits(e, steps, n_steps)) || (err = run_steps(e, steps, n_steps, cancel)))
+    if (e->gpu) {
+        if ((err = ibidi_gpu_forward(e, steps, n_steps, cancel))) goto done;
+    } else if ((err = reserve_rows(e, n_rows < IBIDI_CHUNK ? n_rows : IBIDI_CHUNK)) ||
+               (err = reserve_pieces(e, n_steps < IBIDI_CHUNK ? n_steps : IBIDI_CHUNK)) ||
+               (err = reserve_logits(e, steps, n_steps)) ||
+               (err = run_steps(e, steps, n_steps, cancel)))
         goto done;
     for (size_t i = 0; i < n_steps; i++) {
         ibid_seq *s = steps[i].seq;

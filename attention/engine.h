@@ -22,6 +22,15 @@
 typedef struct ibid_engine ibid_engine;
 typedef struct ibid_seq ibid_seq;
 
+/* auto: a GPU if there is one that takes the model, else the CPU. cuda: or an error, NOTSUP. int8 and
+ * kernels are the CPU's; on a GPU weights and activations are f16 at most, sums f32, results of a row
+ * may differ by rounding with what shares its batch, and rows that need no logits cost as others. */
+typedef enum ibid_backend {
+    IBID_BACKEND_CPU = 0,
+    IBID_BACKEND_CUDA = 1,
+    IBID_BACKEND_AUTO = 2
+} ibid_backend;
+
 typedef struct ibid_engine_opts {
     const char *kernels; /* NULL: the fastest */
     size_t n_threads;    /* 0: physical cores */
@@ -30,11 +39,20 @@ typedef struct ibid_engine_opts {
      * as without: a row's result does not depend on what shares its batch. */
     bool int8;
     const char *cache; /* folder for the weights as int8 wants them; NULL: made at each start */
+    ibid_backend backend;
+    /* On a GPU: bytes for KV there (0: most of what the weights leave free), and its type, q8_0
+     * unless f16 is asked for. */
+    size_t gpu_memory;
+    ibid_kv_type gpu_kv;
 } ibid_engine_opts;
 
 ibid_err ibid_engine_open(const ibid_model *m, const ibid_engine_opts *o, ibid_engine **out);
 void ibid_engine_close(ibid_engine *e);
 const ibid_model *ibid_engine_model(const ibid_engine *e);
+/* "cpu" or "cuda". */
+const char *ibid_engine_backend(const ibid_engine *e);
+/* The device is gone and with it every sequence; only ending the process brings it back. */
+bool ibid_engine_lost(const ibid_engine *e);
 
 /* A run of consecutive tokens with stored KV. Token j has local position local0 + j and global
  * position local0 + offset + j. layers[l] must stay valid while the sequence lives. masked: bitmap of
@@ -43,6 +61,9 @@ typedef struct ibid_segment {
     const ibid_kv_view *layers; /* [n_layers], borrowed */
     uint64_t local0, offset;
     const uint64_t *masked;
+    /* Names the KV for a device that keeps it from one sequence to the next: equal numbers, equal KV.
+     * 0: nothing is kept. */
+    uint64_t id;
 } ibid_segment;
 
 /* live_hint: live rows expected (storage grows as needed). */

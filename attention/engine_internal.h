@@ -48,6 +48,7 @@ struct ibid_seq {
     size_t n_live, live_room;
     size_t base; /* live rows before the running forward */
     bool busy;   /* part of the running forward */
+    struct ibidi_gpu_seq *gpu; /* its pages there; pages is empty then (attention/cuda/gpu.h) */
 };
 
 /* The rows of one step that are in the chunk: rows [row0, row0 + n) of the step lie at [at, at + n)
@@ -87,6 +88,7 @@ typedef struct ibidi_rows {
 struct ibid_engine {
     const ibid_model *m;
     const ibid_kernels *k;
+    struct ibidi_gpu *gpu; /* NULL: the CPU computes */
     ibid_pool *pool;
     bool int8;
     ibidi_pack pack; /* empty unless int8 */

@@ -1,3 +1,4 @@
+#include "attention/cuda/gpu.h"
 #include "attention/engine_internal.h"
 
 #include <math.h>
@@ -26,6 +27,7 @@ static ibid_err grow(void **p, size_t *room, size_t n, size_t size) {
 ibid_err ibidi_seq_reserve(ibid_seq *s, size_t n) {
     size_t each = s->engine->page_tokens, n_pages = n / each + (n % each != 0);
     ibid_err err = grow((void **)&s->positions, &s->live_room, n, sizeof *s->positions);
+    if (s->engine->gpu) return err; /* its pages come with the forward */
     if (!err) err = grow((void **)&s->pages, &s->page_room, n_pages, sizeof *s->pages);
     while (!err && s->n_pages < n_pages) {
         uint8_t *page = ibid_alloc_aligned(64, s->engine->page_bytes);
@@ -55,6 +57,7 @@ done:
 
 void ibid_seq_close(ibid_seq *s) {
     if (!s) return;
+    if (s->gpu) ibidi_gpu_seq_close(s->engine->gpu, s->gpu);
     for (size_t i = 0; i < s->n_pages; i++) ibid_free(s->pages[i]);
     for (size_t i = 0; i < s->n_segs; i++) ibid_free(s->segs[i].cos);
     ibid_free(s->pages);
@@ -131,8 +134,9 @@ ibid_kv_view ibidi_page_view(const ibid_seq *s, size_t page, size_t layer, size_
     const ibid_engine *e = s->engine;
     size_t n = e->page_tokens, dim = e->m->head_dim;
     size_t plane = n * dim * width[e->live_type];
-    const uint8_t *k = s->pages[page] + (layer * e->m->n_kv_heads + head) *
-                                            (e->page_bytes / (e->m->n_layers * e->m->n_kv_heads));
+    size_t bytes = e->page_bytes / (e->m->n_layers * e->m->n_kv_heads);
+    const uint8_t *k = e->gpu ? ibidi_gpu_page(s, page, layer, head)
+                              : s->pages[page] + (layer * e->m->n_kv_heads + head) * bytes;
     ibid_kv_view v = {.type = e->live_type, .n_tokens = n, .n_kv_heads = 1, .head_dim = dim};
     v.k = k;
     v.v = k + plane;
@@ -234,6 +238,7 @@ ibid_err ibid_seq_export(const ibid_seq *s, size_t layer, size_t row0, size_t n,
         (view->type == IBID_KV_Q8_0 && dim % 32))
         return ibid_fail(IBID_INVAL, "planes of %zu tokens, %zu heads of %zu for %zu rows",
                          view->n_tokens, view->n_kv_heads, view->head_dim, n);
+    if (e->gpu && (err = ibidi_gpu_seq_read(s, layer, row0, n))) return err;
     if (n && shift > s->positions[row0])
         return ibid_fail(IBID_INVAL, "shift %llu of a row at position %u",
                          (unsigned long long)shift, s->positions[row0]);
@@ -266,6 +271,7 @@ ibid_err ibid_seq_raw_keys(const ibid_seq *s, size_t layer, size_t kv_head, size
     if (err) return err;
     if (kv_head >= m->n_kv_heads)
         return ibid_fail(IBID_INVAL, "kv head %zu of %zu", kv_head, m->n_kv_heads);
+    if (e->gpu && (err = ibidi_gpu_seq_read(s, layer, row0, n))) return err;
     float *c = ibid_alloc((n_rot + 1) * sizeof *c);
     if (!c) return ibid_fail(IBID_NOMEM, "no memory for raw keys");
     for (size_t j = 0; j < n; j++) {

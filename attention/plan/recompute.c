@@ -132,7 +132,8 @@ static ibid_err add_segments(ibid_seq *s, const ibid_question *q, const ibid_cho
     ibid_err err = q->prefix ? ibid_seq_add_segment(s, q->prefix) : IBID_OK;
     for (size_t b = 0; !err && b < q->n_blocks; b++) {
         const ibid_placed_block *p = &q->blocks[b];
-        ibid_segment g = {.layers = p->layers, .local0 = p->local0, .offset = p->offset};
+        ibid_segment g = {
+            .layers = p->layers, .local0 = p->local0, .offset = p->offset, .id = p->id};
         if (q->share > 0) g.masked = c->masks[b];
         err = ibid_seq_add_segment(s, &g);
     }

@@ -20,6 +20,7 @@ typedef struct ibid_placed_block {
     const ibid_kv_view *layers; /* [n_layers] */
     const int32_t *tokens;      /* [layers[0].n_tokens] */
     uint64_t local0, offset;
+    uint64_t id; /* as in ibid_segment */
 } ibid_placed_block;
 
 /* Which tokens of each block are recomputed. */

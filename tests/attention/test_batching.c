@@ -127,7 +127,7 @@ static void *answer(void *arg) {
     ibid_answered out;
     for (size_t b = 0; b < a->n_blocks; b++)
         placed[b] = (ibid_placed_block){f->read[b].kv.layers, f->tokens[b], f->r.n_prefix,
-                                        b * BLOCK_TOKENS};
+                                        b * BLOCK_TOKENS, 0};
     ibid_answer_plan p = {.blocks = placed,
                           .n_blocks = a->n_blocks,
                           .question = f->question.ids,

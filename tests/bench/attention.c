@@ -269,7 +269,7 @@ static void answers(ready *x, data *d, size_t n_blocks, const char *shares, cons
         }
         while (done < n_blocks) CHECK(ibid_read_some(&x->r, t, n_blocks, &done, true, NULL, NULL));
         for (size_t i = 0; i < n_blocks; i++) {
-            placed[i] = (ibid_placed_block){t[i].kv.layers, t[i].tokens, x->r.n_prefix, offset};
+            placed[i] = (ibid_placed_block){t[i].kv.layers, t[i].tokens, x->r.n_prefix, offset, 0};
             offset += t[i].n;
         }
         CHECK(ibid_prompt_question(x->m, w, (ibid_str){text, strlen(text)}, &ids));

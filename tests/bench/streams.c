@@ -100,7 +100,7 @@ static void *run_stream(void *arg) {
     ibid_answered out;
     for (size_t i = 0; i < b->n_blocks; i++)
         placed[i] =
-            (ibid_placed_block){b->kv[s->number][i].layers, b->tokens[i], b->r.n_prefix, i * BLOCK};
+            (ibid_placed_block){b->kv[s->number][i].layers, b->tokens[i], b->r.n_prefix, i * BLOCK, 0};
     ibid_answer_plan p = {.blocks = placed,
                           .n_blocks = b->n_blocks,
                           .question = b->question.ids,

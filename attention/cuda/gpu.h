@@ -1,0 +1,109 @@
+/* The engine's other half where it runs on a GPU: the forward pass of a chunk of rows on the
+ * device. engine.c checks steps and keeps sequences' positions and segments as ever; here live
+ * where KV lies on the device, weights, and the order of kernels. Internal to the engine
+ * (engine_internal.h).
+ *
+ * gpu.c          opening: weights, the pool, scratch
+ * gpu_seq.c      a sequence's pages: blocks pinned, live cells, tables; reading pages back
+ * gpu_load.c     stored KV to the pool, layer by layer, through pinned staging
+ * gpu_forward.c  a pass */
+#ifndef IBID_ATTENTION_CUDA_GPU_H
+#define IBID_ATTENTION_CUDA_GPU_H
+
+#include "attention/cuda/device.h"
+#include "attention/cuda/launch.h"
+#include "attention/cuda/pages.h"
+#include "attention/cuda/plan.h"
+#include "attention/engine_internal.h"
+
+enum {
+    IBIDI_GPU_CHUNK = 512, /* rows of a pass */
+    IBIDI_GPU_LOGITS = 64, /* rows that meet the output head together */
+    IBIDI_GPU_STAGES = 2,  /* staging buffers */
+    IBIDI_GPU_TURNED =
+        1u << 28, /* bytes of turned queries in a pass, about: longer steps are cut */
+};
+
+/* Device memory that grows; its contents are lost when it does. */
+typedef struct ibidi_gpu_room {
+    void *p;
+    size_t bytes;
+} ibidi_gpu_room;
+
+typedef struct ibidi_gpu_layer {
+    ibidi_cu_matrix qkv[3], wo, ffn[2], down;
+    const float *attn_norm, *ffn_norm, *bq, *bk, *bv, *bo, *q_norm, *k_norm; /* NULL: none */
+} ibidi_gpu_layer;
+
+struct ibidi_gpu {
+    ibid_device *d;
+    ibidi_cu_stream work, copy;
+    ibid_device_event *copied; /* the last layer's KV is in the pool */
+    const ibid_model *m;
+    const ibid_kernels *k; /* the CPU's: packing KV of another type */
+    ibidi_cu_shape shape;
+    size_t kv_dim, q_dim;
+    ibidi_gpu_room weights;
+    ibidi_gpu_layer *layers;
+    const float *output_norm;
+    ibidi_cu_matrix embed, output;
+    ibidi_pages *pages;
+    ibid_kv_type kv_type;
+
+    struct {
+        uint8_t *p; /* pinned */
+        ibid_device_event *done;
+        bool open; /* done was recorded and not waited for */
+    } stages[IBIDI_GPU_STAGES];
+    size_t stage_bytes, stage, staged;
+
+    /* Of a pass. */
+    ibidi_gpu_room x, y, h, h_scale, y_scale, q, tables, turned, acc, state, lse, unpacked, logits,
+        mass;
+    uint8_t *host_tables; /* pinned: rows, sequences, cos, sin, tiles, items, as in `tables` */
+    size_t host_bytes;
+    ibidi_cu_plan plan;
+};
+
+/* What a sequence has on the device. */
+struct ibidi_gpu_seq {
+    ibidi_block **blocks; /* [n_segs] pinned */
+    size_t n_blocks;
+    uint32_t *live; /* [n_live pages, n_layers] cells */
+    size_t n_live, live_room;
+    ibidi_cu_page *pages; /* on the host */
+    size_t n_pages, page_room, n_stored_pages;
+    ibidi_gpu_room table; /* pages, cells, turns */
+    uint8_t *uploaded;    /* what the table holds */
+    size_t uploaded_bytes;
+    ibidi_cu_seq view; /* into the table */
+    size_t n_turns;
+    uint8_t *mirror; /* pages of a layer read back */
+    size_t mirror_bytes, mirror_page0, mirror_layer;
+};
+
+ibid_err ibidi_gpu_open(const ibid_model *m, const ibid_engine_opts *o, ibid_pool *pool,
+                        const ibid_kernels *k, struct ibidi_gpu **out);
+void ibidi_gpu_close(struct ibidi_gpu *g);
+ibid_kv_type ibidi_gpu_kv_type(const struct ibidi_gpu *g);
+size_t ibidi_gpu_cell_bytes(const struct ibidi_gpu *g);
+bool ibidi_gpu_lost(const struct ibidi_gpu *g);
+ibid_err ibidi_gpu_reserve(struct ibidi_gpu *g, ibidi_gpu_room *r, size_t bytes);
+
+/* Pins a sequence's blocks, gives it cells for live rows [0, n_live), and brings its table up to
+ * date (masks may have changed). */
+ibid_err ibidi_gpu_seq_ready(struct ibidi_gpu *g, ibid_seq *s, size_t n_live);
+void ibidi_gpu_seq_close(struct ibidi_gpu *g, struct ibidi_gpu_seq *q);
+/* Live pages of a layer that hold rows [row0, row0 + n), for ibidi_gpu_page. */
+ibid_err ibidi_gpu_seq_read(const ibid_seq *s, size_t layer, size_t row0, size_t n);
+/* A page read back at a kv head. */
+const uint8_t *ibidi_gpu_page(const ibid_seq *s, size_t page, size_t layer, size_t head);
+
+/* Begins to bring what is missing of a step's stored KV at a layer; work waits for it. */
+ibid_err ibidi_gpu_load(struct ibidi_gpu *g, const ibid_step *step, size_t layer);
+ibid_err ibidi_gpu_loaded(struct ibidi_gpu *g);
+
+/* Runs checked steps, whose sequences have base set. */
+ibid_err ibidi_gpu_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,
+                           const atomic_bool *cancel);
+#endif

@@ -1,0 +1,434 @@
+/* A forward pass on the device. Pieces of steps travel through all layers together, as on the CPU,
+ * and the CPU puts kernels on a stream; it waits only for stored KV that is missing, and at the
+ * end. */
+#include "attention/cuda/gpu.h"
+
+#include <string.h>
+
+enum {
+    WEIGHT_SLICE = 64 * 1024 * 1024 /* bytes of f16 weights unpacked at once for the library */
+};
+
+/* Rows [row0, row0 + n) of a step at rows [at, at + n) of the pass. */
+typedef struct part {
+    ibid_step *step;
+    size_t row0, n, at, mass_at; /* mass_at: its first page among the pass's masses */
+} part;
+
+typedef struct pass {
+    struct ibidi_gpu *g;
+    part *parts;
+    ibidi_cu_piece *pieces;
+    size_t n_parts, n_rows, n_layers;
+    ibidi_cu_row *rows; /* in host_tables, as the next */
+    ibidi_cu_seq *seqs;
+    float *cos, *sin;
+    uint64_t *heads; /* [n_layers, words] of each part */
+    size_t words;
+    /* The same on the device. */
+    const ibidi_cu_row *d_rows;
+    const ibidi_cu_seq *d_seqs;
+    const float *d_cos, *d_sin;
+    const ibidi_cu_tile *d_tiles;
+    const ibidi_cu_item *d_items;
+    const uint64_t *d_heads;
+    const uint32_t *d_wanted;
+    uint32_t *wanted; /* rows whose logits are wanted */
+    size_t n_wanted, n_mass_pages;
+} pass;
+
+/* ---- Scratch and tables ---- */
+
+static size_t lined(size_t n) {
+    return ibid_align_up(n, IBIDI_CU_COLS);
+}
+
+static size_t largest(size_t a, size_t b) {
+    return a > b ? a : b;
+}
+
+static ibid_err reserve(struct ibidi_gpu *g, const pass *p) {
+    const ibid_model *m = g->m;
+    size_t n = ibid_align_up(p->n_rows, 8), qkv = g->q_dim + 2 * g->kv_dim;
+    size_t wide = largest(largest(m->n_embd, m->n_ff), g->q_dim), f = sizeof(float);
+    size_t out = n < IBIDI_GPU_LOGITS ? n : IBIDI_GPU_LOGITS;
+    ibid_err err;
+    if ((err = ibidi_gpu_reserve(g, &g->x, n * m->n_embd * f)) ||
+        (err =
+             ibidi_gpu_reserve(g, &g->y, n * largest(largest(qkv, 2 * m->n_ff), m->n_embd) * f)) ||
+        (err = ibidi_gpu_reserve(g, &g->h, n * lined(wide) * 2)) ||
+        (err = ibidi_gpu_reserve(g, &g->h_scale, n * f)) ||
+        (err = ibidi_gpu_reserve(g, &g->y_scale, n * f)) ||
+        (err = ibidi_gpu_reserve(g, &g->q, n * g->q_dim * f)) ||
+        (err = ibidi_gpu_reserve(g, &g->lse, n * m->n_heads * f)) ||
+        (err = ibidi_gpu_reserve(g, &g->turned, g->plan.n_turned * m->head_dim * 32)) ||
+        (err = ibidi_gpu_reserve(g, &g->acc, g->plan.n_states * m->head_dim * f)) ||
+        (err = ibidi_gpu_reserve(g, &g->state, g->plan.n_states * 2 * f)) ||
+        (err = ibidi_gpu_reserve(g, &g->mass, p->n_mass_pages * IBIDI_CU_PAGE * f)) ||
+        (p->n_wanted && (err = ibidi_gpu_reserve(g, &g->logits, out * m->n_vocab * f))))
+        return err;
+    return IBID_OK;
+}
+
+typedef struct layout {
+    size_t used;
+} layout;
+
+static size_t take(layout *l, size_t n, size_t size) {
+    size_t at = l->used;
+    l->used = ibid_align_up(at + n * size, 256);
+    return at;
+}
+
+/* One block of memory on each side, laid out alike, so that one copy brings all tables. */
+static ibid_err make_tables(pass *p) {
+    struct ibidi_gpu *g = p->g;
+    layout l = {0};
+    size_t half = g->shape.n_rot / 2, n_tiles = 0, n_items = 0, seqs, cos, sin, tiles, items, heads;
+    /* Tiles: as plan.c counts them, at most; items: each tile's, at most. */
+    for (size_t i = 0; i < p->n_parts; i++) {
+        size_t t = (p->parts[i].n * g->shape.group + 7) / 8 * g->shape.n_kv_heads;
+        n_tiles += t;
+        n_items += IBIDI_CU_BLOCKS + 3 * t;
+    }
+    size_t rows = take(&l, p->n_rows, sizeof *p->rows);
+    seqs = take(&l, p->n_parts, sizeof *p->seqs);
+    cos = take(&l, p->n_rows * half, sizeof(float));
+    sin = take(&l, p->n_rows * half, sizeof(float));
+    heads = take(&l, p->n_parts * g->m->n_layers * p->words, sizeof *p->heads);
+    size_t wanted = take(&l, p->n_rows, sizeof *p->wanted);
+    tiles = take(&l, n_tiles, sizeof *p->d_tiles);
+    items = take(&l, n_items, sizeof *p->d_items);
+    ibid_err err = ibidi_gpu_reserve(g, &g->tables, l.used);
+    if (!err && l.used > g->host_bytes) {
+        void *h = NULL;
+        ibid_device_host_free(g->d, g->host_tables);
+        g->host_tables = NULL;
+        g->host_bytes = 0;
+        if (!(err = ibid_device_host_alloc(g->d, l.used, &h))) {
+            g->host_tables = h;
+            g->host_bytes = l.used;
+        }
+    }
+    if (err) return err;
+    uint8_t *h = g->host_tables;
+    const uint8_t *d = g->tables.p;
+    p->rows = (void *)(h + rows);
+    p->seqs = (void *)(h + seqs);
+    p->cos = (void *)(h + cos);
+    p->sin = (void *)(h + sin);
+    p->heads = (void *)(h + heads);
+    p->wanted = (void *)(h + wanted);
+    p->d_rows = (const void *)(d + rows);
+    p->d_seqs = (const void *)(d + seqs);
+    p->d_cos = (const void *)(d + cos);
+    p->d_sin = (const void *)(d + sin);
+    p->d_heads = (const void *)(d + heads);
+    p->d_wanted = (const void *)(d + wanted);
+    p->d_tiles = (const void *)(d + tiles);
+    p->d_items = (const void *)(d + items);
+    return IBID_OK;
+}
+
+static void set_heads(const struct ibidi_gpu *g, const ibid_probe *probe, size_t words,
+                      uint64_t *out) {
+    size_t n_heads = g->m->n_heads;
+    for (size_t bit = 0; bit < g->m->n_layers * n_heads; bit++) {
+        if (probe->heads && !(probe->heads[bit / 64] >> bit % 64 & 1)) continue;
+        size_t head = bit % n_heads;
+        out[bit / n_heads * words + head / 64] |= UINT64_C(1) << head % 64;
+    }
+}
+
+static void fill_tables(pass *p) {
+    struct ibidi_gpu *g = p->g;
+    size_t half = g->shape.n_rot / 2, per = g->m->n_layers * p->words;
+    memset(p->heads, 0, p->n_parts * per * sizeof *p->heads);
+    p->n_wanted = p->n_mass_pages = 0;
+    for (size_t i = 0; i < p->n_parts; i++) {
+        part *t = &p->parts[i];
+        const ibid_step *s = t->step;
+        const struct ibidi_gpu_seq *q = s->seq->gpu;
+        p->seqs[i] = q->view;
+        for (size_t r = 0; r < t->n; r++) {
+            size_t at = t->at + r, row = t->row0 + r;
+            p->rows[at] = (ibidi_cu_row){.seq = (uint32_t)i,
+                                         .position = s->positions[row],
+                                         .live = (uint32_t)(s->seq->base + row),
+                                         .token = (uint32_t)s->tokens[row]};
+            ibidi_rope_table(&g->m->rope, s->positions[row], 1, p->cos + at * half,
+                             p->sin + at * half);
+            if (row >= s->n - s->n_logits) p->wanted[p->n_wanted++] = (uint32_t)at;
+        }
+        p->pieces[i] = (ibidi_cu_piece){.seq = (uint32_t)i,
+                                        .row0 = (uint32_t)t->at,
+                                        .n = (uint32_t)t->n,
+                                        .pages = q->pages,
+                                        .first_live = (uint32_t)q->n_stored_pages,
+                                        .n_turned = (uint32_t)q->n_turns + 1};
+        p->pieces[i].last_position = p->rows[t->at + t->n - 1].position;
+        p->pieces[i].last_live = p->rows[t->at + t->n - 1].live;
+        t->mass_at = p->n_mass_pages;
+        if (!s->probe) continue;
+        p->n_mass_pages += q->n_stored_pages;
+        set_heads(g, s->probe, p->words, p->heads + i * per);
+    }
+}
+
+static ibid_err upload_tables(pass *p) {
+    struct ibidi_gpu *g = p->g;
+    const ibidi_cu_plan *plan = &g->plan;
+    size_t tiles_at = (size_t)((const uint8_t *)p->d_tiles - (const uint8_t *)g->tables.p);
+    size_t items_at = (size_t)((const uint8_t *)p->d_items - (const uint8_t *)g->tables.p);
+    size_t n_tiles = plan->n_tiles[0] + plan->n_tiles[1],
+           n_items = plan->n_items[0] + plan->n_items[1];
+    size_t end = items_at + n_items * sizeof *plan->items;
+    if (end > g->host_bytes || tiles_at + n_tiles * sizeof *plan->tiles > items_at)
+        return ibid_fail(IBID_INTERNAL, "a plan of %zu tiles, %zu items outgrew its room", n_tiles,
+                         n_items);
+    memcpy(g->host_tables + tiles_at, plan->tiles, n_tiles * sizeof *plan->tiles);
+    memcpy(g->host_tables + items_at, plan->items, n_items * sizeof *plan->items);
+    return ibid_device_upload(g->d, g->work, g->tables.p, g->host_tables, end);
+}
+
+/* ---- Layers ---- */
+
+/* y[i, ..] of several matrices side by side. */
+static ibid_err linear(struct ibidi_gpu *g, const ibidi_cu_matrix *w, size_t n_w, size_t n,
+                       float *y, size_t ldy) {
+    size_t ldh = (size_t)w->k_tiles * IBIDI_CU_COLS, y0 = 0;
+    ibid_err err = IBID_OK;
+    if (n <= IBIDI_CU_FEW) return ibidi_cu_product(g->work, w, n_w, g->h.p, ldh, n, y, ldy);
+    size_t each = WEIGHT_SLICE / (ldh * 2) / IBIDI_CU_ROWS * IBIDI_CU_ROWS;
+    if (each == 0) each = IBIDI_CU_ROWS;
+    if ((err = ibidi_gpu_reserve(g, &g->unpacked, each * ldh * 2))) return err;
+    for (size_t m = 0; m < n_w; y0 += w[m++].rows) {
+        for (size_t r = 0; !err && r < w[m].rows; r += each) {
+            size_t rows = w[m].rows - r < each ? w[m].rows - r : each;
+            if (!(err = ibidi_cu_unpack(g->work, &w[m], r, rows, g->unpacked.p)))
+                err = ibid_device_matmul(g->d, g->work, g->unpacked.p, rows, ldh, g->h.p, n,
+                                         y + y0 + r, ldy);
+        }
+    }
+    return err;
+}
+
+static ibidi_cu_attend attend_args(const pass *p, size_t layer) {
+    const struct ibidi_gpu *g = p->g;
+    return (ibidi_cu_attend){.tiles = p->d_tiles,
+                             .items = p->d_items,
+                             .rows = p->d_rows,
+                             .seqs = p->d_seqs,
+                             .pool = ibidi_pages_memory(g->pages),
+                             .turned = g->turned.p,
+                             .layer = (uint32_t)layer,
+                             .acc = g->acc.p,
+                             .state = g->state.p};
+}
+
+static ibid_err probe(const pass *p, size_t layer) {
+    struct ibidi_gpu *g = p->g;
+    ibidi_cu_attend a = attend_args(p, layer);
+    ibid_err err = IBID_OK;
+    for (size_t i = 0; !err && i < p->n_parts; i++) {
+        const part *t = &p->parts[i];
+        const ibid_probe *pr = t->step->probe;
+        if (!pr) continue;
+        size_t lo = pr->row0 > t->row0 ? pr->row0 : t->row0, hi = pr->row0 + pr->n_rows;
+        if (hi > t->row0 + t->n) hi = t->row0 + t->n;
+        if (lo >= hi) continue;
+        const ibidi_cu_row *r = &p->rows[t->at];
+        err = ibidi_cu_mass(g->work, &g->shape, &a, r->tile0, r->tiles * g->m->n_kv_heads,
+                            r->tile_rows == IBIDI_CU_TILE_FINE, t->step->seq->gpu->n_stored_pages,
+                            p->d_heads + (i * g->m->n_layers + layer) * p->words,
+                            (uint32_t)(t->at + lo - t->row0), (uint32_t)(t->at + hi - t->row0),
+                            g->lse.p, (float *)g->mass.p + t->mass_at * IBIDI_CU_PAGE);
+    }
+    return err;
+}
+
+static ibid_err attend(const pass *p, size_t layer) {
+    struct ibidi_gpu *g = p->g;
+    const ibidi_cu_plan *plan = &g->plan;
+    ibidi_cu_attend a = attend_args(p, layer);
+    ibid_err err = IBID_OK;
+    for (int fine = 1; !err && fine >= 0; fine--) {
+        size_t tile = fine ? 0 : plan->n_tiles[1];
+        a.items = p->d_items + (fine ? 0 : plan->n_items[1]);
+        if (!(err = ibidi_cu_turn(g->work, &g->shape, p->d_tiles + tile, plan->n_tiles[fine],
+                                  plan->max_turned, fine, p->d_seqs, g->q.p, g->turned.p)))
+            err = ibidi_cu_attention(g->work, &g->shape, &a, plan->n_items[fine], fine);
+    }
+    if (!err)
+        err = ibidi_cu_merge(g->work, &g->shape, &a, p->n_rows, g->h.p, lined(g->q_dim), g->lse.p);
+    return err ? err : probe(p, layer);
+}
+
+/* y, with y_scale, holds what the layer before adds to x; NULL at the first. */
+static ibid_err run_layer(const pass *p, size_t layer) {
+    struct ibidi_gpu *g = p->g;
+    const ibid_model *m = g->m;
+    const ibidi_gpu_layer *l = &g->layers[layer];
+    size_t n = p->n_rows, qkv = g->q_dim + 2 * g->kv_dim, embd = m->n_embd;
+    const float *added = layer ? g->y.p : NULL;
+    ibidi_cu_heads heads = {.y = g->y.p,
+                            .y_scale = g->h_scale.p,
+                            .ldy = qkv,
+                            .bq = l->bq,
+                            .bk = l->bk,
+                            .bv = l->bv,
+                            .q_norm = l->q_norm,
+                            .k_norm = l->k_norm,
+                            .cos = p->d_cos,
+                            .sin = p->d_sin,
+                            .rows = p->d_rows,
+                            .seqs = p->d_seqs,
+                            .layer = (uint32_t)layer,
+                            .pool = ibidi_pages_memory(g->pages),
+                            .q = g->q.p};
+    ibid_err err;
+    if ((err = ibidi_cu_norm(g->work, g->x.p, added, embd, layer ? g->y_scale.p : NULL, NULL,
+                             l->attn_norm, m->norm_eps, NULL, n, embd, g->h.p, lined(embd),
+                             g->h_scale.p)) ||
+        (err = linear(g, l->qkv, 3, n, g->y.p, qkv)) ||
+        (err = ibidi_cu_finish_heads(g->work, &g->shape, &heads, n)) || (err = attend(p, layer)) ||
+        (err = linear(g, &l->wo, 1, n, g->y.p, embd)) ||
+        (err = ibidi_cu_norm(g->work, g->x.p, g->y.p, embd, NULL, l->bo, l->ffn_norm, m->norm_eps,
+                             NULL, n, embd, g->h.p, lined(embd), g->h_scale.p)) ||
+        (err = linear(g, l->ffn, 2, n, g->y.p, 2 * m->n_ff)) ||
+        (err = ibidi_cu_swiglu(g->work, g->y.p, 2 * m->n_ff, g->h_scale.p, n, m->n_ff, g->h.p,
+                               lined(m->n_ff), g->y_scale.p)) ||
+        (err = linear(g, &l->down, 1, n, g->y.p, embd)))
+        return err;
+    return IBID_OK;
+}
+
+static float *logits_of(const pass *p, size_t row) {
+    size_t i = p->rows[row].seq;
+    const part *t = &p->parts[i];
+    const ibid_step *s = t->step;
+    return s->logits + (t->row0 + row - t->at - (s->n - s->n_logits)) * p->g->m->n_vocab;
+}
+
+static ibid_err run_head(const pass *p) {
+    struct ibidi_gpu *g = p->g;
+    const ibid_model *m = g->m;
+    size_t embd = m->n_embd, vocab = m->n_vocab;
+    ibid_err err = IBID_OK;
+    for (size_t i = 0; !err && i < p->n_wanted; i += IBIDI_GPU_LOGITS) {
+        size_t n = p->n_wanted - i < IBIDI_GPU_LOGITS ? p->n_wanted - i : IBIDI_GPU_LOGITS;
+        if ((err = ibidi_cu_norm(g->work, g->x.p, g->y.p, embd, g->y_scale.p, NULL, g->output_norm,
+                                 m->norm_eps, p->d_wanted + i, n, embd, g->h.p, lined(embd),
+                                 g->h_scale.p)) ||
+            (err = linear(g, &g->output, 1, n, g->logits.p, vocab)) ||
+            (err = ibidi_cu_scale_rows(g->work, g->logits.p, vocab, g->h_scale.p, n, vocab)))
+            break;
+        for (size_t k = 0; !err && k < n; k++)
+            err = ibid_device_download(g->d, g->work, logits_of(p, p->wanted[i + k]),
+                                       (float *)g->logits.p + k * vocab, vocab * sizeof(float));
+    }
+    return err;
+}
+
+/* Masses of the pass, added to the caller's. */
+static ibid_err give_masses(const pass *p) {
+    struct ibidi_gpu *g = p->g;
+    size_t n = p->n_mass_pages * IBIDI_CU_PAGE;
+    if (n == 0) return IBID_OK;
+    float *mass = ibid_alloc(n * sizeof *mass);
+    if (!mass) return ibid_fail(IBID_NOMEM, "no memory for the attention of %zu tokens", n);
+    ibid_err err = ibid_device_download(g->d, g->work, mass, g->mass.p, n * sizeof *mass);
+    ibid_err e = ibid_device_sync(g->d, g->work);
+    for (size_t i = 0; !err && !e && i < p->n_parts; i++) {
+        const part *t = &p->parts[i];
+        const ibid_seq *s = t->step->seq;
+        const float *from = mass + t->mass_at * IBIDI_CU_PAGE;
+        for (size_t b = 0; t->step->probe && b < s->n_segs; b++) {
+            float *to = t->step->probe->mass[b];
+            for (size_t j = 0; to && j < s->segs[b].n_tokens; j++) to[j] += from[j];
+            from += s->gpu->blocks[b]->n_pages * IBIDI_CU_PAGE;
+        }
+    }
+    ibid_free(mass);
+    return err ? err : e;
+}
+
+static ibid_err run_layers(pass *p, const atomic_bool *cancel) {
+    struct ibidi_gpu *g = p->g;
+    ibid_err err = IBID_OK;
+    if (p->n_mass_pages)
+        err = ibid_device_fill(g->d, g->work, g->mass.p, 0,
+                               p->n_mass_pages * IBIDI_CU_PAGE * sizeof(float));
+    if (!err) err = ibidi_cu_embed(g->work, &g->embed, p->d_rows, p->n_rows, g->x.p);
+    for (size_t layer = 0; !err && layer < p->n_layers; layer++) {
+        if (cancel && atomic_load_explicit(cancel, memory_order_relaxed))
+            return ibid_fail(IBID_CANCELLED, "cancelled before layer %zu", layer);
+        for (size_t i = 0; !err && i < p->n_parts; i++)
+            err = ibidi_gpu_load(g, p->parts[i].step, layer);
+        if (!err) err = ibidi_gpu_loaded(g);
+        if (!err) err = run_layer(p, layer);
+    }
+    return err ? err : run_head(p);
+}
+
+/* Whatever happens, nothing of the pass is under way afterwards: pages may go to others then. */
+static ibid_err run_pass(pass *p, const atomic_bool *cancel) {
+    struct ibidi_gpu *g = p->g;
+    ibid_err err = make_tables(p);
+    if (err) return err;
+    fill_tables(p);
+    err = ibidi_cu_plan_make(&g->shape, p->pieces, p->n_parts, p->rows, &g->plan);
+    if (!err) err = reserve(g, p);
+    if (!err) err = upload_tables(p);
+    if (!err) err = run_layers(p, cancel);
+    ibid_err copied = ibid_device_sync(g->d, g->copy), worked = ibid_device_sync(g->d, g->work);
+    if (!err) err = copied ? copied : worked;
+    return err ? err : give_masses(p);
+}
+
+/* ---- Steps ---- */
+
+static size_t layers_of(const struct ibidi_gpu *g, const ibid_step *s) {
+    return s->n_layers ? s->n_layers : g->m->n_layers;
+}
+
+/* Rows of a step that a pass takes at most: a property of the step. */
+static size_t most_rows(const struct ibidi_gpu *g, const ibid_step *s) {
+    size_t turns = s->seq->gpu->n_turns + 1;
+    size_t each = turns * g->q_dim * 2, most = IBIDI_GPU_TURNED / each;
+    if (most > IBIDI_GPU_CHUNK) return IBIDI_GPU_CHUNK;
+    return most > 16 ? most / 16 * 16 : 16;
+}
+
+ibid_err ibidi_gpu_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,
+                           const atomic_bool *cancel) {
+    struct ibidi_gpu *g = e->gpu;
+    ibid_err err = IBID_OK;
+    pass p = {.g = g, .words = (g->m->n_heads + 63) / 64};
+    p.parts = ibid_calloc(n_steps ? n_steps : 1, sizeof *p.parts);
+    p.pieces = ibid_calloc(n_steps ? n_steps : 1, sizeof *p.pieces);
+    if (!p.parts || !p.pieces) err = ibid_fail(IBID_NOMEM, "no memory for %zu steps", n_steps);
+    for (size_t i = 0; !err && i < n_steps; i++)
+        err = ibidi_gpu_seq_ready(g, steps[i].seq, steps[i].seq->base + steps[i].n);
+    for (size_t i = 0, row = 0; !err && i < n_steps;) {
+        p.n_parts = p.n_rows = 0;
+        p.n_layers = layers_of(g, &steps[i]);
+        while (i < n_steps && layers_of(g, &steps[i]) == p.n_layers) {
+            size_t most = most_rows(g, &steps[i]), left = steps[i].n - row;
+            size_t n = left < most ? left : most;
+            if (n && p.n_parts && p.n_rows + n > IBIDI_GPU_CHUNK) break;
+            if (n)
+                p.parts[p.n_parts++] =
+                    (part){.step = &steps[i], .row0 = row, .n = n, .at = p.n_rows};
+            p.n_rows += n;
+            row += n;
+            if (row < steps[i].n) break;
+            i++;
+            row = 0;
+        }
+        if (p.n_rows) err = run_pass(&p, cancel);
+    }
+    ibid_free(p.parts);
+    ibid_free(p.pieces);
+    return err;
+}

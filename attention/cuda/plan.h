@@ -1,0 +1,42 @@
+/* How attention of a pass is cut up: steps into tiles of query rows, tiles into items, one for each
+ * thread block. A step's cut depends on the step alone, so that its result does not depend on what
+ * else is in the pass. Host code, pure but for memory. */
+#ifndef IBID_ATTENTION_CUDA_PLAN_H
+#define IBID_ATTENTION_CUDA_PLAN_H
+
+#include "attention/cuda/layout.h"
+#include "rpc/base/err.h"
+
+#include <stdbool.h>
+
+enum {
+    IBIDI_CU_BLOCKS = 528
+}; /* thread blocks that a step is cut into: four to a unit of an H200 */
+
+/* Rows [row0, row0 + n) of the pass: a step of a sequence. */
+typedef struct ibidi_cu_piece {
+    uint32_t seq, row0, n;
+    const ibidi_cu_page *pages; /* of the sequence, on the host; stored ones ascend by start */
+    uint32_t first_live;        /* pages before are stored ones */
+    uint32_t n_turned;          /* ways its queries are turned, with not at all */
+    uint32_t last_position, last_live; /* of its last row */
+} ibidi_cu_piece;
+
+/* Fine tiles come first, and fine items. */
+typedef struct ibidi_cu_plan {
+    ibidi_cu_tile *tiles;
+    ibidi_cu_item *items;
+    size_t n_tiles[2], n_items[2]; /* [fine] */
+    size_t tile_room, item_room;
+    size_t n_turned;   /* fragments of turned queries */
+    size_t max_turned; /* of a tile */
+    size_t n_states;   /* row states of all partials */
+} ibidi_cu_plan;
+
+/* Whether a step of n rows has fine tiles: those of few rows, which decoding has. */
+bool ibidi_cu_is_fine(const ibidi_cu_shape *m, size_t n);
+/* Writes the plan, reusing its memory, and each row's tile0, tiles, tile_rows and pair0. */
+ibid_err ibidi_cu_plan_make(const ibidi_cu_shape *m, const ibidi_cu_piece *pieces, size_t n_pieces,
+                            ibidi_cu_row *rows, ibidi_cu_plan *out);
+void ibidi_cu_plan_fini(ibidi_cu_plan *p);
+#endif

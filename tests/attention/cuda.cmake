@@ -1,0 +1,48 @@
+# The CUDA kernels and what is built on them, on the emulator of a grid: these need no GPU and no
+# toolkit. With a toolkit the same tests are built for the GPU too, and are skipped where there is none.
+add_library(ibid_emulator STATIC
+  ${CMAKE_CURRENT_LIST_DIR}/../support/emulator/device.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/../support/emulator/grid.cpp
+  ${IBID_CUDA_KERNELS})
+set_source_files_properties(${IBID_CUDA_KERNELS} TARGET_DIRECTORY ibid_emulator PROPERTIES
+  LANGUAGE CXX COMPILE_OPTIONS "-x;c++;-O2;-Wno-unknown-pragmas")
+set_target_properties(ibid_emulator PROPERTIES CXX_STANDARD 17 CXX_STANDARD_REQUIRED ON)
+target_link_libraries(ibid_emulator PUBLIC ibid_kernels ibid_base ibid_flags)
+
+# The engine over it.
+add_library(ibid_engine_emulated STATIC ${IBID_ENGINE_SOURCES} ${IBID_ENGINE_GPU_SOURCES})
+target_link_libraries(ibid_engine_emulated PUBLIC ibid_emulator ibid_cuda_host ibid_model PRIVATE m)
+
+function(ibid_cuda_test name)
+  cmake_parse_arguments(T "" "TIMEOUT" "SOURCES;LIBS;ARGS;GPU_ARGS" ${ARGN})
+  foreach(device emulated gpu)
+    if(device STREQUAL gpu AND NOT IBID_HAVE_CUDA)
+      continue()
+    endif()
+    set(library ibid_engine_emulated)
+    set(args ${T_ARGS})
+    if(device STREQUAL gpu)
+      set(library ibid_engine ibid_cuda)
+      set(args ${T_GPU_ARGS})
+    endif()
+    add_executable(${device}_${name} ${T_SOURCES} ${CMAKE_SOURCE_DIR}/tests/attention/cuda/kernel_fixture.c)
+    target_link_libraries(${device}_${name} PRIVATE ${T_LIBS} ibid_cuda_host ${library} ibid_flags m)
+    if(device STREQUAL emulated)
+      target_compile_definitions(${device}_${name} PRIVATE IBIDI_EMULATED=1)
+    endif()
+    set_target_properties(${device}_${name} PROPERTIES LINKER_LANGUAGE CXX)
+    add_test(NAME attention.cuda_${name}.${device} COMMAND ${device}_${name} ${args} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+    set_tests_properties(attention.cuda_${name}.${device} PROPERTIES TIMEOUT 600 SKIP_RETURN_CODE 77)
+  endforeach()
+endfunction()
+
+ibid_cuda_test(rows SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/test_rows.c LIBS ibid_model)
+ibid_cuda_test(attention SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/test_attention.c GPU_ARGS 6002 288)
+ibid_cuda_test(model SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/test_model.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
+  GPU_ARGS all)
+# The same with threads in shuffled order: what a missing barrier would change.
+foreach(name rows attention)
+  add_test(NAME attention.cuda_${name}.shuffled COMMAND emulated_${name} 6003 18 WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+  set_tests_properties(attention.cuda_${name}.shuffled PROPERTIES TIMEOUT 600
+    ENVIRONMENT IBID_EMULATOR_ORDER=77)
+endforeach()
