@@ -78,11 +78,11 @@ typedef struct golden {
 /* One section against our logits; margin: count only rows whose two best differ by more, which
  * must be as many as least, a share of all. */
 static void check_section(golden *g_in, const float *logits, const char *what, float margin,
-                          double least, double most_lse) {
+                          double least, double mean_lse, double most_lse) {
     reader *r = &g_in->r;
     size_t n = g_in->n_used, vocab = g_in->m->n_vocab;
     size_t counted = 0, equal = 0;
-    double lse_diff = 0, full_diff = 0;
+    double lse_diff = 0, lse_sum = 0, full_diff = 0;
     for (size_t i = 0; i < g_in->n; i++) {
         row g;
         const float *own = logits + i * vocab;
@@ -93,6 +93,7 @@ static void check_section(golden *g_in, const float *logits, const char *what, f
         if (i >= n) continue;
         for (size_t v = 0; v < vocab; v++) sum += exp((double)own[v] - (double)g.lse);
         lse_diff = fmax(lse_diff, fabs(log(sum)));
+        lse_sum += fabs(log(sum));
         if (!(g.logit[0] - g.logit[1] > margin)) continue;
         counted++;
         equal += best_of(own, vocab) == (size_t)g.top[0];
@@ -109,10 +110,11 @@ static void check_section(golden *g_in, const float *logits, const char *what, f
         }
     }
     printf("%s: top-1 equal on %zu of %zu positions with a margin above %g; log-sum-exp differs by "
-           "at most %.2g, logits of whole rows by %.2g\n",
-           what, equal, counted, fmax((double)margin, 0), lse_diff, full_diff);
+           "%.2g in the mean and at most %.2g, logits of whole rows by %.2g\n",
+           what, equal, counted, fmax((double)margin, 0), lse_sum / (double)n, lse_diff, full_diff);
     assert_true((double)counted >= least * (double)n);
     assert_true((double)equal >= 0.99 * (double)counted);
+    assert_true(lse_sum < mean_lse * (double)n);
     assert_true(lse_diff < most_lse);
 }
 
@@ -164,8 +166,8 @@ static void test_golden(void **state) {
     golden g = open_golden();
     float *logits = run(&g, false);
     (void)state;
-    check_section(&g, logits, "F32 re-export", -1, 1, 5e-3);
-    check_section(&g, logits, "Q4_1", 0.1f, 5.0 / 6, 1);
+    check_section(&g, logits, "F32 re-export", -1, 1, 5e-4, 5e-3);
+    check_section(&g, logits, "Q4_1", 0.1f, 5.0 / 6, 0.2, 1);
     assert_int_equal(g.r.at, g.r.n);
     free(logits);
     close_golden(&g);
@@ -191,7 +193,9 @@ static void test_int8(void **state) {
     }
     printf("int8 activations: KL mean %.2g, worst %.2g; top-1 equal on %zu of %zu\n", kl, worst,
            equal, g.n_used);
-    check_section(&g, rounded, "F32 re-export, int8", 0.3f, 0.6, 0.5);
+    /* The worst of 604 positions is chance: 0.26 to 0.59 with the backends and compilers there are.
+     * The mean is not: 0.054 to 0.063. */
+    check_section(&g, rounded, "F32 re-export, int8", 0.3f, 0.6, 0.1, 1);
     assert_true(kl >= 0 && kl < 5e-3);
     assert_true((double)equal >= 0.97 * (double)g.n_used);
     free(exact);
