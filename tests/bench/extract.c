@@ -151,7 +151,7 @@ static void paragraph(bench *b, ibid_str title, const json_t *p, uint32_t *index
         ids = block_tokens(b, title, text, &n_title, &t.n);
         t.tokens = ids;
         while (done < 1) check(ibid_read_some(&b->r, &t, 1, &done, true, NULL, NULL));
-        placed = (ibid_placed_block){t.kv.layers, ids, b->r.n_prefix, 0};
+        placed = (ibid_placed_block){.layers = t.kv.layers, .tokens = ids, .local0 = b->r.n_prefix};
     }
     json_array_foreach(json_object_get(p, "qas"), i, qa) {
         ibid_str question = text_of(qa, "question");
