@@ -29,6 +29,8 @@ ibid_fuzz(calibration
 ibid_test(attention.head_train
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_head_train.c
   LIBS ibid_attention TIMEOUT 600)
+# 40 s of arithmetic, ten times that under a sanitizer.
+set_tests_properties(attention.head_train PROPERTIES LABELS plain_only)
 ibid_test(attention.citation
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_citation.c
   LIBS ibid_attention)
