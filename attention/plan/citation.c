@@ -1,4 +1,5 @@
 #include "attention/plan/citation.h"
+#include "attention/plan/chars.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -50,19 +51,6 @@ static ibid_err grow(void **p, size_t *room, size_t n, size_t size) {
     return IBID_OK;
 }
 
-/* The character at p, its length in *len (1 for a byte that is none). */
-static int32_t char_at(const char *p, size_t n, size_t *len) {
-    utf8proc_int32_t c = -1;
-    utf8proc_ssize_t k = utf8proc_iterate((const utf8proc_uint8_t *)p, (utf8proc_ssize_t)n, &c);
-    *len = k > 0 ? (size_t)k : 1;
-    return k > 0 ? c : -1;
-}
-
-static bool is_word_char(int32_t c) {
-    utf8proc_category_t g = c < 0 ? UTF8PROC_CATEGORY_CN : utf8proc_category(c);
-    return (g >= UTF8PROC_CATEGORY_LU && g <= UTF8PROC_CATEGORY_NO);
-}
-
 /* Scripts written without spaces: each character stands for a word. */
 static bool stands_alone(int32_t c) {
     return (c >= 0x2E80 && c < 0xAC00) || (c >= 0xF900 && c < 0xFB00) || c >= 0x20000;
@@ -75,18 +63,18 @@ static uint64_t mix(uint64_t h, int32_t c) {
 static ibid_err add_words(words *to, ibid_str text, uint64_t start, uint64_t end, size_t most) {
     size_t len, n = 0;
     for (uint64_t at = start; at < end && n < most;) {
-        int32_t c = char_at(text.s + at, (size_t)(end - at), &len);
-        if (!is_word_char(c)) {
+        int32_t c = ibidi_char_at(text.s + at, (size_t)(end - at), &len);
+        if (!ibidi_is_word_char(c)) {
             at += len;
             continue;
         }
         word w = {UINT64_C(0xcbf29ce484222325), at, at};
         bool alone = stands_alone(c);
-        while (at < end && is_word_char(c) && (alone || !stands_alone(c))) {
+        while (at < end && ibidi_is_word_char(c) && (alone || !stands_alone(c))) {
             w.hash = mix(w.hash, c);
             w.end = at += len;
             if (alone) break;
-            if (at < end) c = char_at(text.s + at, (size_t)(end - at), &len);
+            if (at < end) c = ibidi_char_at(text.s + at, (size_t)(end - at), &len);
         }
         ibid_err e = grow((void **)&to->w, &to->room, to->n, sizeof *to->w);
         if (e) return e;

@@ -1,4 +1,5 @@
 #include "attention/plan/extract.h"
+#include "attention/plan/chars.h"
 
 #include "rpc/base/mem.h"
 
@@ -92,18 +93,6 @@ static bool listed(const char *list, const char *w, size_t n) {
 
 /* ---- Characters ---- */
 
-static int32_t char_at(const char *p, size_t n, size_t *len) {
-    utf8proc_int32_t c = -1;
-    utf8proc_ssize_t k = utf8proc_iterate((const utf8proc_uint8_t *)p, (utf8proc_ssize_t)n, &c);
-    *len = k > 0 ? (size_t)k : 1;
-    return k > 0 ? c : -1;
-}
-
-static bool is_letter(int32_t c) {
-    utf8proc_category_t g = c < 0 ? UTF8PROC_CATEGORY_CN : utf8proc_category(c);
-    return g >= UTF8PROC_CATEGORY_LU && g <= UTF8PROC_CATEGORY_NO;
-}
-
 static bool is_money(int32_t c) {
     return c == '$' || c == '%' || c == 0xA3 || c == 0x20AC;
 }
@@ -124,7 +113,7 @@ static bool joins(int32_t c) {
 static size_t lower(const char *s, size_t n, char *out, size_t room) {
     size_t at = 0, k = 0, len;
     while (at < n && k + 4 <= room) {
-        int32_t c = char_at(s + at, n - at, &len);
+        int32_t c = ibidi_char_at(s + at, n - at, &len);
         at += len;
         if (c < 0) continue;
         utf8proc_ssize_t put =
@@ -165,8 +154,8 @@ static void classify(word *w, const char *text) {
     char low[256];
     const char *s = text + w->start;
     size_t bytes = w->end - w->start, n, len;
-    int32_t c = char_at(s, bytes, &len);
-    if (!is_letter(c) && !is_money(c)) {
+    int32_t c = ibidi_char_at(s, bytes, &len);
+    if (!ibidi_is_word_char(c) && !is_money(c)) {
         w->is = strchr(";:()\".?!", c < 128 && c > 0 ? c : ' ') || c == 0x201C || c == 0x201D
                     ? BREAKS
                     : 0;
@@ -189,7 +178,7 @@ static void classify(word *w, const char *text) {
     if (ends_with(low, n, "ed") || ends_with(low, n, "ing")) w->is |= PARTICIPLE;
     for (size_t at = 0; at < n && w->n_parts < PARTS_MAX;) {
         size_t from = at;
-        while (at < n && is_letter(char_at(low + at, n - at, &len))) at += len;
+        while (at < n && ibidi_is_word_char(ibidi_char_at(low + at, n - at, &len))) at += len;
         if (at > from)
             w->part[w->n_parts++] = stem_of(low + from, at - from);
         else
@@ -201,15 +190,15 @@ static void classify(word *w, const char *text) {
 static word next_word(const char *text, size_t at, size_t end) {
     word w = {.start = at};
     size_t len, next_len;
-    int32_t c = char_at(text + at, end - at, &len);
+    int32_t c = ibidi_char_at(text + at, end - at, &len);
     at += len;
-    if (is_letter(c) || is_money(c)) {
+    if (ibidi_is_word_char(c) || is_money(c)) {
         while (at < end) {
-            c = char_at(text + at, end - at, &len);
-            bool go = is_letter(c) || is_money(c);
+            c = ibidi_char_at(text + at, end - at, &len);
+            bool go = ibidi_is_word_char(c) || is_money(c);
             if (!go && joins(c) && at + len < end) {
-                int32_t d = char_at(text + at + len, end - at - len, &next_len);
-                go = is_letter(d) || d == '%';
+                int32_t d = ibidi_char_at(text + at + len, end - at - len, &next_len);
+                go = ibidi_is_word_char(d) || d == '%';
             }
             if (!go) break;
             at += len;
@@ -258,8 +247,8 @@ static size_t sentence_end(const char *t, size_t start, size_t end) {
         if (!is_space(t[after]) || (t[at] == '.' && is_abbreviation(t, start, at))) continue;
         while (after < end && is_space(t[after])) after++;
         if (after == end) return end;
-        int32_t c = char_at(t + after, end - after, &len);
-        if (is_letter(c) && !is_upper(c) && !(c >= '0' && c <= '9') && c < 0x250) continue;
+        int32_t c = ibidi_char_at(t + after, end - after, &len);
+        if (ibidi_is_word_char(c) && !is_upper(c) && !(c >= '0' && c <= '9') && c < 0x250) continue;
         return after;
     }
     return end;
@@ -317,8 +306,8 @@ static void plain_words(ibid_str s, char *out, size_t room) {
     size_t k = 0, len;
     out[k++] = ' ';
     for (size_t at = 0; at < s.n && k + 6 < room; at += len) {
-        int32_t c = char_at(s.s + at, s.n - at, &len);
-        if (is_letter(c))
+        int32_t c = ibidi_char_at(s.s + at, s.n - at, &len);
+        if (ibidi_is_word_char(c))
             k += lower(s.s + at, len, out + k, room - k - 2);
         else if (out[k - 1] != ' ')
             out[k++] = ' ';

@@ -233,7 +233,7 @@ static void activate_part(void *arg, size_t part, size_t thread) {
     ibid_gelu(t->a + from * h, (to - from) * h);
 }
 
-/* y += what came of the hidden layer (in du for now); u = y / |y|. */
+/* y += what came of the hidden layer, which stands in du until gradients do; u = y / |y|. */
 static void unit_part(void *arg, size_t part, size_t thread) {
     ibidi_trainer *t = arg;
     size_t o = t->out, to = (part + 1) * ROWS_EACH < t->n_rows ? (part + 1) * ROWS_EACH : t->n_rows;

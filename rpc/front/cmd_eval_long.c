@@ -3,6 +3,7 @@
 #include "rpc/front/cmd_eval.h"
 #include "rpc/front/eval/needles.h"
 #include "rpc/front/eval/svg.h"
+#include "rpc/front/files.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -70,16 +71,9 @@ static ibid_err read_lengths(struct longer *t, const char *text) {
 }
 
 static ibid_err read_book(struct longer *t) {
-    char block[65536];
     ibid_err e = IBID_OK;
     for (size_t i = 0; !e && i < t->ev.o.books.n; i++) {
-        const char *path = t->ev.o.books.v[i];
-        FILE *f = fopen(path, "rb");
-        if (!f) return ibid_fail_errno(errno, "cannot read", path);
-        for (size_t n; !e && (n = fread(block, 1, sizeof block, f)) > 0;)
-            e = ibid_buf_append(&t->book, block, n);
-        if (!e && ferror(f)) e = ibid_fail_errno(errno, "cannot read", path);
-        (void)fclose(f);
+        e = ibidi_append_file(t->ev.o.books.v[i], &t->book);
         if (!e) e = ibid_buf_puts(&t->book, "\n\n");
     }
     return e;

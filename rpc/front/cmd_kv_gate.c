@@ -1,22 +1,11 @@
 #include "attention/attention.h"
 #include "rpc/front/commands.h"
+#include "rpc/front/files.h"
 
 #include <math.h>
 #include <stdio.h>
 
 enum { TEXT_MAX = 32 << 20 };
-
-static ibid_err read_text(const char *path, ibid_buf *out) {
-    char block[65536];
-    FILE *f = fopen(path, "rb");
-    if (!f) return ibid_fail(IBID_NOTFOUND, "cannot read %s", path);
-    ibid_err e = IBID_OK;
-    for (size_t n; !e && (n = fread(block, 1, sizeof block, f)) > 0;)
-        e = ibid_buf_append(out, block, n);
-    if (!e && ferror(f)) e = ibid_fail(IBID_IO, "cannot read %s", path);
-    (void)fclose(f);
-    return e;
-}
 
 /* JSON has no infinity, which is what logits that are not numbers give. */
 static double bounded(double x) {
@@ -64,7 +53,7 @@ int ibidi_cmd_kv_gate(ibid_cli *cli) {
     ibid_buf text;
     ibid_buf_init(&text, TEXT_MAX);
     const char *model = cli->n_args ? cli->args[0] : cli->o.model ? cli->o.model : "";
-    ibid_err e = cli->o.text ? read_text(cli->o.text, &text) : IBID_OK;
+    ibid_err e = cli->o.text ? ibidi_append_file(cli->o.text, &text) : IBID_OK;
     ibid_str t = {cli->o.text ? (text.data ? text.data : "") : NULL, text.len};
     if (!e) e = ibidi_service_open(&cli->o, true, &s);
     if (!e) e = ibid_attn_kv_gate(s.attention, model, t, 0, cli->o.force, &g);

@@ -1,5 +1,6 @@
 #include "attention/attention.h"
 #include "rpc/front/commands.h"
+#include "rpc/front/files.h"
 #include "rpc/front/pull.h"
 
 #include <errno.h>
@@ -102,17 +103,6 @@ static int list(ibid_cli *cli, ibid_service *s) {
     return status;
 }
 
-static ibid_err read_sample(const char *path, ibid_buf *out) {
-    char block[65536];
-    FILE *f = fopen(path, "rb");
-    if (!f) return ibid_fail_errno(errno, "cannot read", path);
-    ibid_err e = IBID_OK;
-    for (size_t n; !e && (n = fread(block, 1, sizeof block, f)) > 0;)
-        e = ibid_buf_append(out, block, n);
-    (void)fclose(f);
-    return e;
-}
-
 static int calibrate(ibid_cli *cli, ibid_service *s) {
     ibid_buf sample, report, train, teacher;
     ibid_buf_init(&sample, 16 << 20);
@@ -120,12 +110,12 @@ static int calibrate(ibid_cli *cli, ibid_service *s) {
     ibid_buf_init(&train, 16 << 20);
     ibid_buf_init(&teacher, 64 << 20);
     const ibid_opts *o = &cli->o;
-    ibid_err e = o->sample ? read_sample(o->sample, &sample) : IBID_OK;
+    ibid_err e = o->sample ? ibidi_append_file(o->sample, &sample) : IBID_OK;
     for (size_t i = 0; !e && i < o->train.n; i++) {
-        e = read_sample(o->train.v[i], &train);
+        e = ibidi_append_file(o->train.v[i], &train);
         if (!e) e = ibid_buf_puts(&train, "\n\n");
     }
-    if (!e && o->teacher) e = read_sample(o->teacher, &teacher);
+    if (!e && o->teacher) e = ibidi_append_file(o->teacher, &teacher);
     if (!e && (o->teacher || o->pairs) && !o->train.n)
         e = ibid_fail(IBID_INVAL, "--teacher and --pairs need the text: --train FILE");
     ibid_calibrate_request q = {.model = cli->n_args > 1 ? cli->args[1]

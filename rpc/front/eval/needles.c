@@ -1,6 +1,6 @@
 #include "rpc/front/eval/needles.h"
+#include "rpc/front/files.h"
 
-#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -9,18 +9,6 @@ enum { FILE_MAX = 16 << 20 };
 /* needles.txt, written as C by CMake. */
 extern const unsigned char ibidi_needles_text[];
 extern const size_t ibidi_needles_text_size;
-
-static ibid_err read_file(const char *path, ibid_buf *out) {
-    char block[65536];
-    FILE *f = fopen(path, "rb");
-    if (!f) return ibid_fail_errno(errno, "cannot read", path);
-    ibid_err e = IBID_OK;
-    for (size_t n; !e && (n = fread(block, 1, sizeof block, f)) > 0;)
-        e = ibid_buf_append(out, block, n);
-    if (!e && ferror(f)) e = ibid_fail_errno(errno, "cannot read", path);
-    (void)fclose(f);
-    return e;
-}
 
 void ibidi_needles_fini(ibidi_needles *n) {
     ibid_free(n->text);
@@ -71,7 +59,7 @@ ibid_err ibidi_needles_read(const char *path, ibidi_needles *out) {
     size_t lines = 1;
     *out = (ibidi_needles){0};
     ibid_buf_init(&b, FILE_MAX);
-    ibid_err e = path ? read_file(path, &b)
+    ibid_err e = path ? ibidi_append_file(path, &b)
                       : ibid_buf_append(&b, ibidi_needles_text, ibidi_needles_text_size);
     for (size_t i = 0; !e && i < b.len; i++) lines += b.data[i] == '\n';
     if (!e) {
