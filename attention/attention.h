@@ -15,6 +15,7 @@ typedef struct ibid_model_info {
     uint64_t file_bytes;
     uint64_t key_dim; /* of a token key; 0: no retrieval head, search goes by words */
     bool calibrated, loaded;
+    char backend[8]; /* that runs it: "cpu" or "cuda" */
 } ibid_model_info;
 
 /* Opens a GGUF file, encodes its prefix, calibrates it if it was not, and writes its record to the

@@ -55,6 +55,7 @@ static ibid_err get_info(const ibid_val *body, ibid_model_info *out) {
     out->file_bytes = ibid_get_u64(m, "file_bytes", 0);
     out->calibrated = ibid_get_bool(m, "calibrated", false);
     out->key_dim = ibid_get_u64(m, "key_dim", 0);
+    copy_str(m, "backend", out->backend, sizeof out->backend);
     out->loaded = true;
     return IBID_OK;
 }

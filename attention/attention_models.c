@@ -53,12 +53,39 @@ static ibidi_loaded *find_loaded(ibidi_room *r, const ibid_hash *fingerprint) {
 
 /* ---- Opening ---- */
 
-static ibid_err open_file(ibidi_room *r, ibid_str path, ibidi_loaded **out) {
+static void device_lost(void *arg, const char *detail) {
+    const ibidi_room *r = arg;
+    ibid_host_give_up(&r->opts, IBID_BACKEND, detail);
+}
+
+static ibid_backend backend_of(const ibidi_room *r) {
+    const char *b = r->opts.backend;
+    return strcmp(b, "cpu") == 0    ? IBID_BACKEND_CPU
+           : strcmp(b, "cuda") == 0 ? IBID_BACKEND_CUDA
+                                    : IBID_BACKEND_AUTO;
+}
+
+static void log_backend(const ibidi_loaded *m) {
+    ibid_engine_gpu g;
+    if (ibid_engine_gpu_look(m->engine, &g))
+        ibid_log(IBID_LOG_INFO, "%s runs on %s, %llu MiB of KV there", m->path, g.name,
+                 (unsigned long long)(g.pool >> 20));
+}
+
+/* type: that of the model's stored KV. */
+static ibid_err open_file(ibidi_room *r, ibid_str path, ibid_kv_type type, ibidi_loaded **out) {
     const char *kernels = r->opts.kernels[0] ? r->opts.kernels : NULL;
     char cache[IBID_HOST_PATH_MAX + 8];
     (void)snprintf(cache, sizeof cache, "%s/cache", r->opts.data_dir);
-    ibid_engine_opts o = {
-        .kernels = kernels, .n_threads = r->opts.threads, .int8 = !r->opts.f32, .cache = cache};
+    ibid_engine_opts o = {.kernels = kernels,
+                          .n_threads = r->opts.threads,
+                          .int8 = !r->opts.f32,
+                          .cache = cache,
+                          .backend = backend_of(r),
+                          .gpu_memory = (size_t)r->opts.gpu_pool,
+                          .gpu_kv = type == IBID_KV_Q8_0 ? IBID_KV_Q8_0 : IBID_KV_F16,
+                          .lost = device_lost,
+                          .lost_arg = r};
     ibidi_loaded *m = ibid_calloc(1, sizeof *m);
     if (!m) return ibid_fail(IBID_NOMEM, "no memory for a model");
     ibid_sched_init(&m->sched);
@@ -67,6 +94,7 @@ static ibid_err open_file(ibidi_room *r, ibid_str path, ibidi_loaded **out) {
     if (!(m->path = ibid_strndup(path.s, path.n))) e = ibid_fail(IBID_NOMEM, "out of memory");
     if (!e) e = ibid_model_open(m->path, NULL, &m->model);
     if (!e) e = ibid_engine_open(m->model, &o, &m->engine);
+    if (!e) log_backend(m);
     if (e)
         loaded_close(m);
     else
@@ -126,14 +154,22 @@ static ibid_err new_prefix(ibidi_room *r, ibidi_loaded *m, ibid_kv_type type, si
     return e;
 }
 
+/* A number for the prefix's KV that no block has: those count up from 1. */
+static uint64_t prefix_number(const ibid_hash *id) {
+    uint64_t n;
+    memcpy(&n, id->b, sizeof n);
+    return n | UINT64_C(1) << 63;
+}
+
 static void make_reader(ibidi_loaded *m, ibid_kv_type type, size_t n_prefix) {
-    m->reader = (ibid_reader){.model = m->model,
-                              .engine = m->engine,
-                              .sched = &m->sched,
-                              .kv_type = type,
-                              .prefix = {.layers = m->prefix_kv.layers},
-                              .n_prefix = n_prefix,
-                              .meter = &m->meter};
+    m->reader =
+        (ibid_reader){.model = m->model,
+                      .engine = m->engine,
+                      .sched = &m->sched,
+                      .kv_type = type,
+                      .prefix = {.layers = m->prefix_kv.layers, .id = prefix_number(&m->prefix_id)},
+                      .n_prefix = n_prefix,
+                      .meter = &m->meter};
 }
 
 ibid_err ibidi_model_save(ibidi_room *r, ibidi_loaded *m) {
@@ -198,7 +234,7 @@ static void list_add(ibidi_room *r, ibidi_loaded *m) {
 static ibid_err load_record(ibidi_room *r, ibid_snap *snap, const ibid_model_record *rec,
                             ibidi_loaded **out) {
     ibidi_loaded *m = NULL;
-    ibid_err e = open_file(r, rec->path, &m);
+    ibid_err e = open_file(r, rec->path, rec->kv_type, &m);
     if (e == IBID_NOTFOUND)
         e = ibid_fail(IBID_NOTFOUND,
                       "the file of model %.*s is gone: %.*s; put it back, or run "
@@ -418,9 +454,11 @@ ibid_err ibidi_model_add(ibidi_room *r, const ibidi_adding *a, ibidi_loaded **ou
     ibidi_loaded *m = NULL, *have = NULL;
     ibid_str path = a->path;
     char hex[65];
+    ibid_kv_type type = r->kv_type;
+    if (a->kv_type.n) (void)ibid_kv_type_from_name(a->kv_type, &type); /* checked in settle */
     (void)pthread_mutex_lock(&r->load_lock);
     ibid_err e = path.n && path.s[0] == '/'
-                     ? open_file(r, path, &m)
+                     ? open_file(r, path, type, &m)
                      : ibid_fail(IBID_INVAL, "a model's path is absolute, not \"%.*s\"",
                                  (int)path.n, path.s);
     if (!e && (have = find_loaded(r, &m->model->fingerprint))) {

@@ -66,6 +66,7 @@ static void put_info(ibid_enc *e, ibidi_loaded *m) {
     ibid_enc_u64(e, "file_bytes", x->file_bytes);
     ibid_enc_bool(e, "calibrated", calibrated);
     ibid_enc_u64(e, "key_dim", key_dim);
+    ibid_enc_cstr(e, "backend", ibid_engine_backend(m->engine));
     ibid_enc_end(e);
 }
 
@@ -216,8 +217,8 @@ static ibid_err do_question_keys(void *room, const ibid_call *call) {
     return e;
 }
 
-static ibid_err likelihoods(ibidi_loaded *m, const ibid_ids *prompt, const ibid_ids *texts, size_t n,
-                            double *out) {
+static ibid_err likelihoods(ibidi_loaded *m, const ibid_ids *prompt, const ibid_ids *texts,
+                            size_t n, double *out) {
     ibid_sched_question_begin(&m->sched);
     ibid_err e = ibid_likelihoods(m->engine, &m->sched, prompt, texts, n, out);
     ibid_sched_question_end(&m->sched);
@@ -278,6 +279,19 @@ static ibid_err do_cancel(void *room, const ibid_call *call) {
     return ibid_streams_cancel(((ibidi_room *)room)->streams, call);
 }
 
+static void put_backend(ibid_enc *e, const ibidi_loaded *m) {
+    ibid_engine_gpu g;
+    ibid_enc_cstr(e, "backend", ibid_engine_backend(m->engine));
+    if (!ibid_engine_gpu_look(m->engine, &g)) return;
+    ibid_enc_cstr(e, "device", g.name);
+    ibid_enc_u64(e, "gpu_pool", g.pool);
+    ibid_enc_u64(e, "gpu_pool_used", g.pool_used);
+    ibid_enc_u64(e, "gpu_blocks_hit", g.hits);
+    ibid_enc_u64(e, "gpu_blocks_missed", g.misses);
+    ibid_enc_u64(e, "gpu_blocks_evicted", g.evicted);
+    ibid_enc_u64(e, "gpu_graph_steps", g.graph_steps);
+}
+
 static void put_status(ibid_enc *e, ibidi_loaded *m) {
     char hex[65];
     uint64_t questions, encoders;
@@ -296,6 +310,7 @@ static void put_status(ibid_enc *e, ibidi_loaded *m) {
     ibid_enc_u64(e, "answers", m->answers);
     ibid_enc_u64(e, "completion_tokens", m->completion_tokens);
     (void)pthread_mutex_unlock(&m->lock);
+    put_backend(e, m);
     ibid_enc_u64(e, "questions_waiting", questions);
     ibid_enc_u64(e, "encoders_waiting", encoders);
     ibid_enc_end(e);

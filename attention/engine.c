@@ -1,5 +1,6 @@
 #include "attention/cuda/gpu.h"
 #include "attention/engine_internal.h"
+#include "rpc/base/log.h"
 
 #include <math.h>
 #include <string.h>
@@ -49,7 +50,7 @@ static size_t max_cols(const ibid_engine *e) {
 }
 
 static size_t matmul_bytes(const ibid_engine *e) {
-    size_t cols = max_cols(e);
+    size_t cols = max_size(max_cols(e), 2 * e->m->head_dim); /* summaries of pages are as long */
     return max_size(e->k->matmul_scratch(cols, 1), e->k->matmul_scratch(cols, IBIDI_CHUNK));
 }
 
@@ -134,8 +135,10 @@ static void plan_pages(ibid_engine *e) {
 static ibid_err open_gpu(ibid_engine *e, const ibid_engine_opts *o) {
     if (!o || o->backend == IBID_BACKEND_CPU) return IBID_OK;
     ibid_err err = ibidi_gpu_open(e->m, o, e->pool, e->k, &e->gpu);
-    if (o->backend == IBID_BACKEND_AUTO && (err == IBID_NOTSUP || err == IBID_NOMEM))
+    if (o->backend == IBID_BACKEND_AUTO && (err == IBID_NOTSUP || err == IBID_NOMEM)) {
+        ibid_log(IBID_LOG_INFO, "no GPU is used: %s", ibid_err_detail());
         return IBID_OK;
+    }
     return err;
 }
 
@@ -144,6 +147,8 @@ ibid_err ibid_engine_open(const ibid_model *m, const ibid_engine_opts *o, ibid_e
     ibid_engine *e = ibid_calloc(1, sizeof *e);
     if (!e) return ibid_fail(IBID_NOMEM, "no memory for an engine");
     e->m = m;
+    e->lost = o ? o->lost : NULL;
+    e->lost_arg = o ? o->lost_arg : NULL;
     if ((err = plan_shape(e)) || (err = ibid_kernels_get(o ? o->kernels : NULL, &e->k)) ||
         (err = ibid_pool_open(o ? o->n_threads : 0, &e->pool)) || (err = open_gpu(e, o)))
         goto done;
@@ -186,6 +191,20 @@ bool ibid_engine_lost(const ibid_engine *e) {
     return e->gpu && ibidi_gpu_lost(e->gpu);
 }
 
+bool ibid_engine_gpu_look(const ibid_engine *e, ibid_engine_gpu *out) {
+    memset(out, 0, sizeof *out);
+    if (e->gpu) ibidi_gpu_look(e->gpu, out);
+    return e->gpu != NULL;
+}
+
+/* Whoever runs the process learns of it while this call's error is on its way to its caller. */
+static void tell_lost(ibid_engine *e) {
+    void (*tell)(void *arg, const char *detail) = e->lost;
+    if (!tell || !ibid_engine_lost(e)) return;
+    e->lost = NULL;
+    tell(e->lost_arg, ibid_err_detail());
+}
+
 /* ---- Checking and scratch ---- */
 
 static ibid_err check_rows(const ibid_model *m, const ibid_step *s) {
@@ -208,6 +227,9 @@ static ibid_err check_rows(const ibid_model *m, const ibid_step *s) {
 
 static ibid_err check_step(const ibid_engine *e, const ibid_step *s) {
     const ibid_probe *p = s->probe;
+    if (s->select && !(s->select->share > 0))
+        return ibid_fail(IBID_INVAL, "a share of %g of the context is nothing to attend to",
+                         s->select->share);
     if (!s->seq || s->seq->engine != e || s->seq->busy)
         return ibid_fail(IBID_INVAL, "a step's sequence is of another engine, or in two steps");
     if (s->n_logits > s->n || (s->n_logits && !s->logits))
@@ -515,6 +537,7 @@ static void next_chunk(ibid_engine *e, ibid_step *steps, size_t n_steps, size_t 
             *p = (ibidi_piece){.step = s, .seq = s->seq, .row0 = *row, .n = n, .at = e->n_rows};
             p->n_layers = s->n_layers ? s->n_layers : e->m->n_layers;
             p->end = s->seq->base + *row + n;
+            p->pick = s->pick;
             ibidi_plan_splits(e, p);
         }
         e->n_rows += n;
@@ -565,5 +588,6 @@ ibid_err ibid_engine_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,
     }
 done:
     for (size_t i = 0; i < n_entered; i++) steps[i].seq->busy = false;
+    if (err) tell_lost(e);
     return err;
 }

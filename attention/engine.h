@@ -44,6 +44,10 @@ typedef struct ibid_engine_opts {
      * unless f16 is asked for. */
     size_t gpu_memory;
     ibid_kv_type gpu_kv;
+    bool gpu_no_graphs; /* each kernel is launched by itself, for comparison */
+    /* Called once, by the forward that finds the device lost (detail: its error). */
+    void (*lost)(void *arg, const char *detail);
+    void *lost_arg;
 } ibid_engine_opts;
 
 ibid_err ibid_engine_open(const ibid_model *m, const ibid_engine_opts *o, ibid_engine **out);
@@ -51,6 +55,14 @@ void ibid_engine_close(ibid_engine *e);
 const ibid_model *ibid_engine_model(const ibid_engine *e);
 /* "cpu" or "cuda". */
 const char *ibid_engine_backend(const ibid_engine *e);
+/* The GPU and its KV pool as of the last forward; from any thread. False on the CPU. */
+typedef struct ibid_engine_gpu {
+    char name[64];
+    uint64_t memory, pool, pool_used; /* bytes */
+    uint64_t hits, misses, evicted;   /* blocks */
+    uint64_t graph_steps;             /* decoding steps run as a recorded graph */
+} ibid_engine_gpu;
+bool ibid_engine_gpu_look(const ibid_engine *e, ibid_engine_gpu *out);
 /* The device is gone and with it every sequence; only ending the process brings it back. */
 bool ibid_engine_lost(const ibid_engine *e);
 

@@ -89,6 +89,8 @@ struct ibid_engine {
     const ibid_model *m;
     const ibid_kernels *k;
     struct ibidi_gpu *gpu; /* NULL: the CPU computes */
+    void (*lost)(void *arg, const char *detail); /* NULL once called */
+    void *lost_arg;
     ibid_pool *pool;
     bool int8;
     ibidi_pack pack; /* empty unless int8 */

@@ -2,6 +2,7 @@
 #include "attention/cuda/weights.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 enum { ALIGN = 256, PACK_BYTES = 16 * 1024 * 1024 };
@@ -169,6 +170,8 @@ static ibid_err open_pool(struct ibidi_gpu *g, size_t bytes) {
     size_t cell = g->m->n_kv_heads * ibidi_cu_head_bytes(g->shape.head_dim, g->shape.q8);
     ibid_err err = ibid_device_describe(g->d, &info);
     if (err) return err;
+    (void)snprintf(g->name, sizeof g->name, "%s", info.name);
+    g->memory = info.memory;
     if (!bytes) bytes = info.free_memory / 10 * 7;
     g->stage_bytes = ibid_align_up(cell, ALIGN);
     while (g->stage_bytes < 8 * 1024 * 1024) g->stage_bytes *= 2;
@@ -211,6 +214,25 @@ size_t ibidi_gpu_cell_bytes(const struct ibidi_gpu *g) {
 
 bool ibidi_gpu_lost(const struct ibidi_gpu *g) {
     return ibid_device_lost(g->d);
+}
+
+void ibidi_gpu_note(struct ibidi_gpu *g) {
+    ibidi_pages_stats s = ibidi_pages_look(g->pages);
+    g->noted.used = s.in_use * ibidi_pages_cell_bytes(g->pages);
+    g->noted.hits = s.hits;
+    g->noted.misses = s.misses;
+    g->noted.evicted = s.evicted;
+}
+
+void ibidi_gpu_look(const struct ibidi_gpu *g, ibid_engine_gpu *out) {
+    (void)snprintf(out->name, sizeof out->name, "%s", g->name);
+    out->memory = g->memory;
+    out->pool = ibidi_pages_look(g->pages).cells * ibidi_pages_cell_bytes(g->pages);
+    out->pool_used = g->noted.used;
+    out->hits = g->noted.hits;
+    out->misses = g->noted.misses;
+    out->evicted = g->noted.evicted;
+    out->graph_steps = g->noted.graph_steps;
 }
 
 void ibidi_gpu_close(struct ibidi_gpu *g) {

@@ -57,6 +57,12 @@ struct ibidi_gpu {
     } stages[IBIDI_GPU_STAGES];
     size_t stage_bytes, stage, staged;
 
+    char name[64];
+    size_t memory;
+    struct {
+        _Atomic uint64_t used, hits, misses, evicted, graph_steps;
+    } noted; /* for whoever looks from another thread */
+
     /* Of a pass. */
     ibidi_gpu_room x, y, h, h_scale, y_scale, q, tables, turned, acc, state, lse, unpacked, logits,
         mass;
@@ -88,6 +94,9 @@ void ibidi_gpu_close(struct ibidi_gpu *g);
 ibid_kv_type ibidi_gpu_kv_type(const struct ibidi_gpu *g);
 size_t ibidi_gpu_cell_bytes(const struct ibidi_gpu *g);
 bool ibidi_gpu_lost(const struct ibidi_gpu *g);
+void ibidi_gpu_look(const struct ibidi_gpu *g, ibid_engine_gpu *out);
+/* Brings what ibidi_gpu_look says up to date. */
+void ibidi_gpu_note(struct ibidi_gpu *g);
 ibid_err ibidi_gpu_reserve(struct ibidi_gpu *g, ibidi_gpu_room *r, size_t bytes);
 
 /* Pins a sequence's blocks, gives it cells for live rows [0, n_live), and brings its table up to

@@ -430,5 +430,6 @@ ibid_err ibidi_gpu_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,
     }
     ibid_free(p.parts);
     ibid_free(p.pieces);
+    ibidi_gpu_note(g);
     return err;
 }

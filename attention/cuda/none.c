@@ -35,6 +35,10 @@ bool ibidi_gpu_lost(const struct ibidi_gpu *g) {
     return false;
 }
 
+void ibidi_gpu_look(const struct ibidi_gpu *g, ibid_engine_gpu *out) {
+    (void)g, (void)out;
+}
+
 void ibidi_gpu_seq_close(struct ibidi_gpu *g, struct ibidi_gpu_seq *q) {
     (void)g, (void)q;
 }

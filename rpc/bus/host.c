@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -84,6 +85,13 @@ static ibid_err set_option(ibid_host_opts *o, const char *name, const char *valu
         o->f32 = strcmp(value, "f32") == 0;
         if (!o->f32 && strcmp(value, "int8") != 0)
             e = ibid_fail(IBID_INVAL, "--arithmetic: %s is not int8 or f32", value);
+    } else if (strcmp(name, "backend") == 0) {
+        if (strcmp(value, "auto") != 0 && strcmp(value, "cpu") != 0 && strcmp(value, "cuda") != 0)
+            e = ibid_fail(IBID_INVAL, "--backend: %s is not auto, cpu or cuda", value);
+        else
+            (void)snprintf(o->backend, sizeof o->backend, "%s", value);
+    } else if (strcmp(name, "gpu-pool") == 0) {
+        e = parse_number(name, value, true, &o->gpu_pool);
     } else {
         e = ibid_fail(IBID_INVAL, "unknown option --%s", name);
     }
@@ -148,10 +156,18 @@ static void usage(const ibid_room_vtable *v, FILE *to) {
     (void)fprintf(to,
                   "usage: ibid-%s [--data DIR] [--log-level error|warn|info|debug] [--threads N]\n"
                   "       [--workers N] [--map-size BYTES] [--kv-budget BYTES] [--kernels NAME]\n"
-                  "       [--arithmetic int8|f32]\n"
+                  "       [--arithmetic int8|f32] [--backend auto|cpu|cuda] [--gpu-pool BYTES]\n"
                   "Usually started by `ibid up`. BYTES take K, M, G or T.\n"
                   "example: ibid-%s --data ~/.local/share/ibid --log-level debug\n",
                   v->name, v->name);
+}
+
+static atomic_bool gave_up;
+
+void ibid_host_give_up(const ibid_host_opts *o, ibid_err err, const char *why) {
+    if (atomic_exchange(&gave_up, !o->inproc)) return;
+    ibid_log(IBID_LOG_ERROR, "cannot go on: %s: %s", ibid_err_code(err), why);
+    if (!o->inproc) (void)kill(getpid(), SIGTERM);
 }
 
 int ibid_host_main(int argc, char **argv, const ibid_room_vtable *v) {
@@ -177,14 +193,15 @@ int ibid_host_main(int argc, char **argv, const ibid_room_vtable *v) {
     }
     while (sigwait(&stops, &sig) != 0) {
     }
-    ibid_log(IBID_LOG_INFO, "stopping: %s", strsignal(sig));
+    bool failed = atomic_load(&gave_up);
+    ibid_log(IBID_LOG_INFO, "stopping: %s", failed ? "it cannot go on" : strsignal(sig));
     /* A room whose supervisor was killed is stopped by nobody else, and its locks keep the next one
      * out: should closing hang (seen in nng's), SIGALRM ends it. What is stored survives that. */
     (void)signal(SIGALRM, SIG_DFL);
     (void)alarm(CLOSE_S);
     v->close(room);
     (void)alarm(0);
-    return 0;
+    return failed ? 3 : 0;
 }
 
 /* ---- Several rooms in one process ---- */

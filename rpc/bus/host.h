@@ -30,6 +30,8 @@ typedef struct ibid_host_opts {
     uint64_t kv_budget; /* bytes of KV kept; 0 = no limit */
     char kernels[32];   /* kernel backend by name; "" = the best one here */
     bool f32;           /* no integer arithmetic */
+    char backend[8];    /* "auto" (also ""), "cpu" or "cuda" */
+    uint64_t gpu_pool;  /* bytes of KV on a GPU; 0 = most of what the weights leave free */
     bool inproc;        /* hosted with other rooms: build addresses with this */
 } ibid_host_opts;
 
@@ -48,15 +50,21 @@ ibid_err ibid_host_data_dir(const char *arg, char *out);
 
 /* Fills o from the command line (it is zeroed first, log level INFO):
  *   --data DIR --log-level error|warn|info|debug --threads N --workers N --map-size BYTES
- *   --kv-budget BYTES --kernels NAME          (also as --name=value; BYTES take K, M, G, T: 1024s)
+ *   --kv-budget BYTES --kernels NAME --arithmetic int8|f32 --backend auto|cpu|cuda --gpu-pool BYTES
+ * (also as --name=value; BYTES take K, M, G, T: 1024s)
  * Errors: INVAL with a detail naming the option. *help is set for --help and -h. */
 ibid_err ibid_host_parse(int argc, char **argv, ibid_host_opts *o, bool *help);
 
 /* The whole main of a room: parses, creates the data folder (0700), starts logging, blocks SIGINT,
  * SIGTERM and SIGHUP before any thread exists, ignores SIGPIPE, asks to be told of its parent's death
  * (and stops then), opens the room, waits for a signal, closes it. Returns the exit status: 0 clean
- * stop, 2 bad usage or failed start (the reason is on stderr). */
+ * stop, 2 bad usage or failed start (the reason is on stderr), 3 given up (below). */
 int ibid_host_main(int argc, char **argv, const ibid_room_vtable *room);
+
+/* For a room that cannot go on in this process, such as one whose GPU is gone: logs why, and ends
+ * ibid_host_main as a signal would, but with status 3, so that the supervisor starts the room again.
+ * From any thread; more than once is as good as once. Hosted with other rooms it only logs. */
+void ibid_host_give_up(const ibid_host_opts *o, ibid_err err, const char *why);
 
 /* Opens rooms in the order given, in this process, over inproc:// ; the order is the one of their
  * dependence (kvstore, attention, retriever, indexer). o->data_dir must be set; inproc is set for them.

@@ -16,12 +16,12 @@ static void say(const char *text) {
 static json_t *info_json(const ibid_model_info *m) {
     char hex[65];
     ibid_hash_hex(&m->fingerprint, hex);
-    return json_pack("{s:s,s:s,s:s,s:s,s:s,s:I,s:I,s:I,s:I,s:b,s:I}", "name", m->name,
+    return json_pack("{s:s,s:s,s:s,s:s,s:s,s:I,s:I,s:I,s:I,s:b,s:I,s:s}", "name", m->name,
                      "architecture", m->arch, "fingerprint", hex, "file", m->path, "template",
                      m->template_name, "layers", (json_int_t)m->n_layers, "context",
                      (json_int_t)m->n_ctx, "kv_bytes_per_token", (json_int_t)m->kv_bytes_per_token,
                      "file_bytes", (json_int_t)m->file_bytes, "calibrated", m->calibrated,
-                     "key_dim", (json_int_t)m->key_dim);
+                     "key_dim", (json_int_t)m->key_dim, "backend", m->backend);
 }
 
 static int show_info(const ibid_cli *cli, const ibid_model_info *m) {

@@ -111,6 +111,27 @@ static void add_reply(json_t *out, const char *name, ibid_err e, ibid_reply *r) 
     ibid_reply_close(r);
 }
 
+/* Where a model runs, if the attention room has it open. */
+static void print_backend(const json_t *j, const json_t *model) {
+    char used[32], pool[32];
+    const char *hex = json_string_value(json_object_get(model, "fingerprint"));
+    size_t i;
+    json_t *v;
+    json_array_foreach(json_object_get(json_object_get(j, "attention"), "models"), i, v) {
+        const char *of = json_string_value(json_object_get(v, "fingerprint"));
+        const char *backend = json_string_value(json_object_get(v, "backend"));
+        const char *device = json_string_value(json_object_get(v, "device"));
+        if (!hex || !of || !backend || strcmp(hex, of) != 0) continue;
+        printf(", runs on %s", device ? device : backend);
+        if (device)
+            printf(" (KV there: %s of %s)",
+                   ibidi_bytes((uint64_t)json_integer_value(json_object_get(v, "gpu_pool_used")),
+                               used),
+                   ibidi_bytes((uint64_t)json_integer_value(json_object_get(v, "gpu_pool")), pool));
+    }
+    printf("\n");
+}
+
 static void print_status(const json_t *j) {
     char a[32], b[32], c[32];
     size_t i;
@@ -128,11 +149,13 @@ static void print_status(const json_t *j) {
         printf(again ? "  restarted %lld times\n" : "\n", again);
     }
     printf("\n%smodels%s\n", ibidi_bold(), ibidi_plain());
-    json_array_foreach(json_object_get(j, "models"), i, v)
-        printf("  %-28s %s, context %lld, %s\n", json_string_value(json_object_get(v, "name")),
+    json_array_foreach(json_object_get(j, "models"), i, v) {
+        printf("  %-28s %s, context %lld, %s", json_string_value(json_object_get(v, "name")),
                json_string_value(json_object_get(v, "architecture")),
                (long long)json_integer_value(json_object_get(v, "context")),
                json_is_true(json_object_get(v, "calibrated")) ? "calibrated" : "no retrieval head");
+        print_backend(j, v);
+    }
     printf("\n%scollections%s\n", ibidi_bold(), ibidi_plain());
     json_array_foreach(json_object_get(j, "collections"), i, v)
         printf("  %-28s %lld documents, %lld chunks, %s of text\n",

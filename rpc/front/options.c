@@ -59,6 +59,10 @@ static const option_row rows[] = {
      AT(kernels)},
     {"arithmetic", "TYPE", "int8 (default), or f32: several times slower, for comparison", TEXT,
      SERVICE, AT(arithmetic)},
+    {"backend", "WHERE", "auto (default: a GPU if there is one), cpu or cuda", TEXT, SERVICE,
+     AT(backend)},
+    {"gpu-pool", "BYTES", "KV on a GPU, K M G T allowed (default: most of what is free)", SIZE,
+     SERVICE, AT(gpu_pool)},
     {"kv-budget", "BYTES", "most KV kept on disk, K M G T allowed (default: no limit)", SIZE,
      SERVICE, AT(kv_budget)},
     {"map-size", "BYTES", "address space of the store (default: 1T)", SIZE, SERVICE, AT(map_size)},
@@ -327,6 +331,9 @@ ibid_err ibidi_cli_parse(int argc, char **argv, ibid_cli *cli, const ibid_comman
     /* Filters given here replace those of a file. */
     if (!e) e = read_arguments(argc - 1, argv + 1, cli, *cmd, false);
     if (e || cli->o.help) return e;
+    const char *b = cli->o.backend;
+    if (b && strcmp(b, "auto") != 0 && strcmp(b, "cpu") != 0 && strcmp(b, "cuda") != 0)
+        return ibid_fail(IBID_INVAL, "--backend: \"%s\" is not auto, cpu or cuda", b);
     if (cli->n_args < (*cmd)->min_args)
         return ibid_fail(IBID_INVAL, "%s needs %s; see ibid %s --help", cli->command,
                          (*cmd)->arguments, cli->command);

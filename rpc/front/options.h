@@ -24,7 +24,8 @@ typedef struct ibid_opts {
     /* service */
     bool foreground;
     uint64_t threads, kv_budget, map_size;
-    const char *kernels, *arithmetic;
+    const char *kernels, *arithmetic, *backend;
+    uint64_t gpu_pool;
     /* what is asked about */
     const char *collection, *model, *queries, *range, *name, *from, *sample;
     const char *kv_type, *text;

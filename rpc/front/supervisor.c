@@ -148,9 +148,9 @@ static void unblock_signals(void) {
 
 /* What rooms and a supervisor that takes over are told alike. */
 struct words {
-    const char *argv[24];
+    const char *argv[32];
     size_t n;
-    char threads[32], budget[32], map[32];
+    char threads[32], budget[32], map[32], pool[32];
 };
 
 static void add_word(struct words *w, const char *word) {
@@ -176,6 +176,8 @@ static void add_options(struct words *w, const char *data, const ibid_opts *o) {
     add_option(w, "--map-size", number(w->map, o->map_size));
     add_option(w, "--arithmetic", o->arithmetic);
     add_option(w, "--kernels", o->kernels);
+    add_option(w, "--backend", o->backend);
+    add_option(w, "--gpu-pool", number(w->pool, o->gpu_pool));
 }
 
 /* In the child: never returns. */
