@@ -227,9 +227,6 @@ static ibid_err check_rows(const ibid_model *m, const ibid_step *s) {
 
 static ibid_err check_step(const ibid_engine *e, const ibid_step *s) {
     const ibid_probe *p = s->probe;
-    if (s->select && !(s->select->share > 0))
-        return ibid_fail(IBID_INVAL, "a share of %g of the context is nothing to attend to",
-                         s->select->share);
     if (!s->seq || s->seq->engine != e || s->seq->busy)
         return ibid_fail(IBID_INVAL, "a step's sequence is of another engine, or in two steps");
     if (s->n_logits > s->n || (s->n_logits && !s->logits))
