@@ -534,7 +534,6 @@ static void next_chunk(ibid_engine *e, ibid_step *steps, size_t n_steps, size_t 
             *p = (ibidi_piece){.step = s, .seq = s->seq, .row0 = *row, .n = n, .at = e->n_rows};
             p->n_layers = s->n_layers ? s->n_layers : e->m->n_layers;
             p->end = s->seq->base + *row + n;
-            p->pick = s->pick;
             ibidi_plan_splits(e, p);
         }
         e->n_rows += n;
