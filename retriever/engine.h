@@ -55,6 +55,7 @@ typedef struct ibidi_matches {
     ibid_arena *arena;
     ibid_match *matches;
     size_t n;
+    bool more;            /* the list ends at max_matches */
     const char *degraded; /* why there are exact matches only, or NULL */
     double total_ms, coverage, threshold;
     const ibid_find_candidate *candidates; /* if asked for, best first */

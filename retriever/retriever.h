@@ -53,7 +53,7 @@ typedef struct ibid_find_request {
     bool fast;          /* without the model's pass over candidates */
     bool explain;       /* list the candidates too */
     double min_score;   /* < 0: the calibrated threshold, and what lies close to the best */
-    size_t max_matches; /* 0 = 1000 */
+    size_t max_matches; /* 0 = 1000000, which is the most */
 } ibid_find_request;
 
 typedef struct ibid_match {
@@ -79,9 +79,10 @@ typedef struct ibid_find_candidate { /* an entity of the document */
 typedef struct ibid_find_result {
     const ibid_match *matches; /* exact ones by position, then others by descending score */
     size_t n;
-    double total_ms, coverage; /* share of the document's blocks that was scored */
-    double threshold;          /* in force: what min_score was, or the calibrated one */
-    ibid_str degraded;         /* why there are exact matches only; "" = both (or as asked) */
+    bool more;                       /* the list was cut at max_matches: there may be others */
+    double total_ms, coverage;       /* share of the document's blocks that was scored */
+    double threshold;                /* in force: what min_score was, or the calibrated one */
+    ibid_str degraded;               /* why there are exact matches only; "" = both (or as asked) */
     ibid_find_candidate *candidates; /* if asked for, best first */
     size_t n_candidates;
     ibid_reply reply;

@@ -138,6 +138,7 @@ ibid_err ibid_ret_find(ibid_client *c, const ibid_find_request *q, ibid_find_res
     out->threshold = ibid_get_f64(body, "threshold", 0);
     out->matches = out->storage;
     out->n = n;
+    out->more = ibid_get_bool(body, "more", false);
     out->total_ms = ibid_get_f64(body, "total_ms", 0);
     out->coverage = ibid_get_f64(body, "coverage", 0);
     out->degraded = get_str(body, "degraded");

@@ -141,6 +141,7 @@ static ibid_err on_find(void *room, const ibid_call *call) {
     }
     ibid_enc_end(call->reply);
     put_candidates(call->reply, &found);
+    ibid_enc_bool(call->reply, "more", found.more);
     ibid_enc_f64(call->reply, "threshold", found.threshold);
     ibid_enc_f64(call->reply, "total_ms", found.total_ms);
     ibid_enc_f64(call->reply, "coverage", found.coverage);

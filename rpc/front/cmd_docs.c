@@ -247,10 +247,9 @@ static json_t *candidates_json(const ibid_find_result *r) {
         json_t *features = json_array();
         for (size_t j = 0; j < c->n_features; j++)
             (void)json_array_append_new(features, json_real(c->features[j]));
-        (void)json_array_append_new(list, json_pack("{s:o,s:I,s:f,s:o}", "name",
-                                                    ibidi_json_str(c->name), "mentions",
-                                                    (json_int_t)c->mentions, "score", c->score,
-                                                    "features", features));
+        (void)json_array_append_new(
+            list, json_pack("{s:o,s:I,s:f,s:o}", "name", ibidi_json_str(c->name), "mentions",
+                            (json_int_t)c->mentions, "score", c->score, "features", features));
     }
     return list;
 }
@@ -259,18 +258,19 @@ static json_t *matches_json(const ibid_find_result *r, bool explain) {
     json_t *list = json_array();
     for (size_t i = 0; i < r->n; i++) {
         const ibid_match *m = &r->matches[i];
-        json_t *o = json_pack("{s:I,s:I,s:o,s:f,s:o,s:o}", "start", (json_int_t)m->start, "end",
-                              (json_int_t)m->end, "text", ibidi_json_str(m->text), "score",
-                              m->score, "kind", ibidi_json_str(m->kind), "locator",
-                              ibidi_json_str(m->locator));
+        json_t *o =
+            json_pack("{s:I,s:I,s:o,s:f,s:o,s:o}", "start", (json_int_t)m->start, "end",
+                      (json_int_t)m->end, "text", ibidi_json_str(m->text), "score", m->score,
+                      "kind", ibidi_json_str(m->kind), "locator", ibidi_json_str(m->locator));
         if (o && m->entity) {
             (void)json_object_set_new(o, "entity", json_integer((json_int_t)m->entity));
             (void)json_object_set_new(o, "name", ibidi_json_str(m->name));
         }
         (void)json_array_append_new(list, o);
     }
-    json_t *all = json_pack("{s:o,s:f,s:f,s:{s:f}}", "matches", list, "threshold", r->threshold,
-                            "coverage", r->coverage, "timings_ms", "total", r->total_ms);
+    json_t *all =
+        json_pack("{s:o,s:b,s:f,s:f,s:{s:f}}", "matches", list, "more", r->more, "threshold",
+                  r->threshold, "coverage", r->coverage, "timings_ms", "total", r->total_ms);
     if (all && explain) (void)json_object_set_new(all, "candidates", candidates_json(r));
     return all;
 }
@@ -288,7 +288,8 @@ int ibidi_cmd_find(ibid_cli *cli) {
                                .exact_only = cli->o.exact_only,
                                .fast = cli->o.fast,
                                .explain = cli->o.explain,
-                               .min_score = cli->o.min_score};
+                               .min_score = cli->o.min_score,
+                               .max_matches = cli->o.max_matches};
         uint64_t since = 0;
         do e = ibid_ret_find(s.retriever, &q, &r);
         while (ibidi_room_away(e) && ibidi_service_again(&s, &since));
@@ -300,6 +301,8 @@ int ibidi_cmd_find(ibid_cli *cli) {
     } else if (!e) {
         e = print_matches(&s, &p, &r, cli->o.context);
         if (!e && r.n == 0) printf("no match\n");
+        if (!e && r.more)
+            fprintf(stderr, "the list ends at %zu matches; --max-matches shows more\n", r.n);
     }
     if (e) status = ibidi_report(cli, e);
     ibid_find_result_close(&r);

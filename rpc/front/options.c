@@ -108,6 +108,8 @@ static const option_row rows[] = {
      AT(explain)},
     {"min-score", "S", "weakest semantic match shown (default: calibrated)", REAL, FIND | EVAL,
      AT(min_score)},
+    {"max-matches", "N", "end the list there (default and most: 1000000)", SIZE, FIND,
+     AT(max_matches)},
     {"context", "N", "bytes of text shown around a match (default: 60)", SIZE, FIND, AT(context)},
     {"range", "S:E", "only these bytes of the text", TEXT, SHOW, AT(range)},
     {"pause", "JOB", "stop a job after its current batch", TEXT, JOBS, AT(pause_job)},

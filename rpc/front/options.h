@@ -29,7 +29,7 @@ typedef struct ibid_opts {
     /* what is asked about */
     const char *collection, *model, *queries, *range, *name, *from, *sample;
     const char *kv_type, *text;
-    uint64_t top, blocks, max_tokens, seed, context, job;
+    uint64_t top, blocks, max_tokens, seed, context, max_matches, job;
     double temperature, top_p, min_score;
     const char *recompute; /* a number in [0,1], or "auto" */
     const char *document;  /* its id, or NULL: all */

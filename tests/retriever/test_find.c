@@ -229,6 +229,17 @@ static void test_find(void **state) {
     q.collection = t_str("nowhere");
     assert_err(ibidi_retriever_find(r, &q, &m), IBID_NOCOLLECTION);
     q.collection = t_str("c");
+
+    /* the list ends where it was told to, and says so */
+    q = (ibid_find_request){
+        .collection = t_str("c"), .document = t_str("story"), .query = t_str("in")};
+    q.exact_only = true;
+    for (q.max_matches = 0; q.max_matches < 9; q.max_matches++) {
+        assert_ok(ibidi_retriever_find(r, &q, &m));
+        assert_int_equal(m.n, q.max_matches && q.max_matches < 7 ? q.max_matches : 7);
+        assert_int_equal(m.more, q.max_matches && q.max_matches < 7);
+        ibidi_matches_close(&m);
+    }
     q.query = t_str(" \n");
     assert_err(ibidi_retriever_find(r, &q, &m), IBID_INVAL);
     ibidi_retriever_close(r);

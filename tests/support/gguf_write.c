@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { ALIGN = 32, OUTLIER_ROWS = 4, PER_LAYER = 15 };
@@ -275,6 +276,11 @@ static bool is_arch(const ibid_test_gguf *s, const char *name) {
     return strcmp(s->arch ? s->arch : "llama", name) == 0;
 }
 
+static void name_part(plan *p, size_t layer, const char *part, const char *after) {
+    int n = snprintf(p->name, sizeof p->name, "blk.%zu.%s%s", layer, part, after);
+    if (n < 0 || (size_t)n >= sizeof p->name) abort(); /* no layer count of a test is that long */
+}
+
 /* What some architectures have besides, in one layer. */
 static size_t plan_extras(const ibid_test_gguf *s, size_t layer, size_t head_dim, plan *p) {
     bool norms = is_arch(s, "qwen3"), biases = s->biases || is_arch(s, "qwen2");
@@ -293,7 +299,7 @@ static size_t plan_extras(const ibid_test_gguf *s, size_t layer, size_t head_dim
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         if (!all[i].wanted) continue;
         p[n] = floats(all[i].cols, all[i].kind);
-        (void)snprintf(p[n++].name, sizeof p->name, "blk.%zu.%s", layer, all[i].part);
+        name_part(&p[n++], layer, all[i].part, "");
     }
     return n;
 }
@@ -317,7 +323,7 @@ static size_t plan_tensors(const ibid_test_gguf *s, size_t head_dim, size_t n_ro
                         matrix(s->type, d, s->n_ff)};
         for (size_t j = 0; j < sizeof parts / sizeof *parts; j++) {
             p[n] = layer[j];
-            (void)snprintf(p[n].name, sizeof p[n].name, "blk.%zu.%s.weight", i, parts[j]);
+            name_part(&p[n], i, parts[j], ".weight");
             if (strcmp(parts[j], "attn_k") == 0) p[n].outlier = s->key_outlier;
             n++;
         }
