@@ -9,8 +9,8 @@
  * Within one backend results do not depend on how work is grouped, bit for bit: y[i, r] of matmul
  * depends on row i of x and row r of w only, whatever n and the split of rows over threads; a row
  * of attn depends on its q, visible, the mask and the segment only. Between backends results differ
- * by rounding (matmul: below 1e-6 of sum_c |w[r, c] x[i, c]|); kv_pack, kv_unpack, maxsim_i8 and,
- * signs of zeros apart, dequantize are equal. */
+ * by rounding (matmul: below 1e-6 of sum_c |w[r, c] x[i, c]|); kv_pack, kv_unpack, maxsim_i8,
+ * maxsim_panels and, signs of zeros apart, dequantize are equal. */
 #ifndef IBID_ATTENTION_KERNELS_H
 #define IBID_ATTENTION_KERNELS_H
 
@@ -20,7 +20,7 @@
 
 #include <stdbool.h>
 
-enum { IBID_Q8_TILE = 8 };
+enum { IBID_Q8_TILE = 8, IBID_KEY_PANEL = 16 };
 
 /* Running state of exact softmax attention for one query row of one head (online softmax,
  * arXiv:1805.02867). Start: max = -INFINITY, sum = 0, acc all 0. Seeing more keys, in any order and
@@ -43,6 +43,20 @@ typedef struct ibid_attn_args {
     ibid_attn_state *state;  /* [n_rows] */
     float *acc;              /* [n_rows, head_dim], unnormalised: divide by state.sum at the end */
 } ibid_attn_args;
+
+/* Keys in panels of IBID_KEY_PANEL: byte 64 c + 4 i + b of a panel is number 4 c + b of its key i,
+ * plus 128. Where the last panel has no key left the last key stands again. */
+typedef struct ibid_key_panels {
+    const uint8_t *panels; /* [n, dim * IBID_KEY_PANEL] */
+    size_t n;              /* at least 1 */
+} ibid_key_panels;
+static inline size_t ibid_key_panels_of(size_t n_keys) {
+    return (n_keys + IBID_KEY_PANEL - 1) / IBID_KEY_PANEL;
+}
+/* out: ibid_key_panels_of(n_keys) panels; dim a multiple of 4, n_keys >= 1. unpack: key i of them.
+ */
+void ibid_key_panels_pack(const int8_t *keys, size_t n_keys, size_t dim, uint8_t *out);
+void ibid_key_panels_unpack(const uint8_t *panels, size_t i, size_t dim, int8_t *key);
 
 typedef struct ibid_kernels {
     const char *name;        /* "reference", "avx2", "avxvnni", "avx512", "avx512vnni" */
@@ -89,6 +103,10 @@ typedef struct ibid_kernels {
      * keys; the index of the maximum goes to arg[i] unless arg is NULL. n_keys >= 1. */
     void (*maxsim_i8)(const int8_t *q, size_t n_q, const int8_t *k, size_t n_keys, size_t dim,
                       int32_t *best, uint32_t *arg);
+    /* The same of keys in panels, for n blocks of them at once: best [n, n_q]. A third faster and
+     * more, since nothing has to be turned. */
+    void (*maxsim_panels)(const int8_t *q, size_t n_q, size_t dim, const ibid_key_panels *blocks,
+                          size_t n, int32_t *best);
 
     /* Optional, all NULL or none: matmul of quantised weights in panels (panel.h) with activations
      * rounded to integers; several times as fast. Approximate: each group of 32 values of x is

@@ -234,6 +234,22 @@ static void ref_maxsim_i8(const int8_t *q, size_t n_q, const int8_t *k, size_t n
     }
 }
 
+static void ref_maxsim_panels(const int8_t *q, size_t n_q, size_t dim, const ibid_key_panels *k,
+                              size_t n, int32_t *best) {
+    for (size_t b = 0; b < n * n_q; b++) {
+        const int8_t *of = q + b % n_q * dim;
+        const ibid_key_panels *in = &k[b / n_q];
+        best[b] = INT32_MIN;
+        for (size_t j = 0; j < in->n * IBID_KEY_PANEL; j++) {
+            const uint8_t *p = in->panels + j / IBID_KEY_PANEL * IBID_KEY_PANEL * dim;
+            int32_t dot = 0;
+            for (size_t d = 0; d < dim; d++)
+                dot += of[d] * (p[(d / 4 * IBID_KEY_PANEL + j % IBID_KEY_PANEL) * 4 + d % 4] - 128);
+            if (dot > best[b]) best[b] = dot;
+        }
+    }
+}
+
 const ibid_kernels ibidi_kernels_reference = {
     .name = "reference",
     .supported = always,
@@ -250,4 +266,5 @@ const ibid_kernels ibidi_kernels_reference = {
     .kv_pack = ref_kv_pack,
     .kv_unpack = ref_kv_unpack,
     .maxsim_i8 = ref_maxsim_i8,
+    .maxsim_panels = ref_maxsim_panels,
 };

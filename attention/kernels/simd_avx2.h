@@ -13,8 +13,8 @@ enum {
     MM_ROWS = 3, /* rows of x one matmul tile takes: 3 x 4 sums, 3 x, 1 w fill the 16 registers */
     AT_ROWS = 6, /* rows of q one attention tile takes */
     AT_VECS = 2, /* and how many vectors of columns */
-    MS_ROWS = 6, /* queries one maxsim tile takes */
-    MS_VECS = 2
+    MS_ROWS = 4, /* queries one maxsim tile takes */
+    MS_VECS = 2  /* and vectors of keys */
 };
 
 typedef __m256 vf;
@@ -348,33 +348,19 @@ INLINE vi vi_max(vi a, vi b) {
 INLINE vi vi_pick_greater(vi a, vi b, vi index, vi old) {
     return _mm256_blendv_epi8(old, index, _mm256_cmpgt_epi32(a, b));
 }
-#ifdef IBIDI_VNNI
-enum { MS_PLANES = 1 };
-INLINE void ms_expand(vi column, vi out[1]) {
-    out[0] = column;
+INLINE int32_t vi_hmax(vi a) {
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
 }
-/* vpdpbusd takes the query unsigned: q + 128, and starts at -128 * the key's sum to make up for it.
- */
-INLINE void ms_query(const int8_t *q, uint32_t out[1]) {
-    memcpy(out, q, 4);
-    out[0] ^= 0x80808080u;
+/* Bytes 0 and 2, or 1 and 3, of each lane as two numbers of 16 bits. */
+INLINE vi vi_even_bytes(vi v) {
+    return _mm256_and_si256(v, _mm256_set1_epi16(255));
 }
-INLINE vi ms_dot(vi acc, vi q, vi k) {
-    return vi_dpbusd(acc, q, k);
+INLINE vi vi_odd_bytes(vi v) {
+    return _mm256_srli_epi16(v, 8);
 }
-INLINE vi ms_start(vi start, const vi k[1]) {
-    vi s = vi_dpbusd(_mm256_setzero_si256(), _mm256_set1_epi8((char)0x80), k[0]);
-    return _mm256_sub_epi32(start, s);
+INLINE vi vi_madd(vi a, vi b) {
+    return _mm256_madd_epi16(a, b);
 }
-#else
-enum { MS_PLANES = 2 };
-/* Bytes 0 and 2, then 1 and 3, of each lane as int16 pairs. */
-INLINE void ms_expand(vi column, vi out[2]) {
-    out[0] = _mm256_srai_epi16(_mm256_slli_epi16(column, 8), 8);
-    out[1] = _mm256_srai_epi16(column, 8);
-}
-INLINE vi ms_dot(vi acc, vi q, vi k) {
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(q, k));
-}
-#endif
 #endif

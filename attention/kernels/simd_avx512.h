@@ -14,8 +14,8 @@ enum {
     MM_ROWS = 6, /* rows of x one matmul tile takes: 6 x 4 sums, 6 x, 1 w fill the 32 registers */
     AT_ROWS = 6, /* rows of q one attention tile takes */
     AT_VECS = 4, /* and how many vectors of columns */
-    MS_ROWS = 6, /* queries one maxsim tile takes */
-    MS_VECS = 4
+    MS_ROWS = 8, /* queries one maxsim tile takes */
+    MS_VECS = 2  /* and vectors of keys */
 };
 
 typedef __m512 vf;
@@ -327,33 +327,17 @@ INLINE vi vi_max(vi a, vi b) {
 INLINE vi vi_pick_greater(vi a, vi b, vi index, vi old) {
     return _mm512_mask_mov_epi32(old, _mm512_cmpgt_epi32_mask(a, b), index);
 }
-#ifdef IBIDI_VNNI
-enum { MS_PLANES = 1 };
-INLINE void ms_expand(vi column, vi out[1]) {
-    out[0] = column;
+INLINE int32_t vi_hmax(vi a) {
+    return _mm512_reduce_max_epi32(a);
 }
-/* vpdpbusd takes the query unsigned: q + 128, and starts at -128 * the key's sum to make up for it.
- */
-INLINE void ms_query(const int8_t *q, uint32_t out[1]) {
-    memcpy(out, q, 4);
-    out[0] ^= 0x80808080u;
+/* Bytes 0 and 2, or 1 and 3, of each lane as two numbers of 16 bits. */
+INLINE vi vi_even_bytes(vi v) {
+    return _mm512_and_si512(v, _mm512_set1_epi16(255));
 }
-INLINE vi ms_dot(vi acc, vi q, vi k) {
-    return _mm512_dpbusd_epi32(acc, q, k);
+INLINE vi vi_odd_bytes(vi v) {
+    return _mm512_srli_epi16(v, 8);
 }
-INLINE vi ms_start(vi start, const vi k[1]) {
-    vi s = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8((char)0x80), k[0]);
-    return _mm512_sub_epi32(start, s);
+INLINE vi vi_madd(vi a, vi b) {
+    return _mm512_madd_epi16(a, b);
 }
-#else
-enum { MS_PLANES = 2 };
-/* Bytes 0 and 2, then 1 and 3, of each lane as int16 pairs. */
-INLINE void ms_expand(vi column, vi out[2]) {
-    out[0] = _mm512_srai_epi16(_mm512_slli_epi16(column, 8), 8);
-    out[1] = _mm512_srai_epi16(column, 8);
-}
-INLINE vi ms_dot(vi acc, vi q, vi k) {
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(q, k));
-}
-#endif
 #endif

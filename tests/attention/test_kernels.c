@@ -1159,6 +1159,51 @@ static void test_maxsim(void **state) {
     }
 }
 
+/* Panels of several blocks against the reference on the same keys in rows, extreme bytes too. */
+static void test_maxsim_panels(void **state) {
+    (void)state;
+    const size_t dims[] = {32, 64, 96, 128, 256, 512, 544}, lens[] = {1, 15, 16, 17, 32, 33, 155};
+    const size_t queries[] = {1, 2, 5, 8, 9, 16, 17, 31, 33, 70};
+    const int8_t extreme[] = {-128, 127, 0, -1};
+    enum { BLOCKS = 3 };
+    for (size_t i = 0; i < 140; i++) {
+        size_t dim = dims[i % 7], n_q = queries[i % 10];
+        int8_t *q = need(n_q * dim), *k[BLOCKS], key[544];
+        uint8_t *panels[BLOCKS];
+        ibid_key_panels of[BLOCKS];
+        int32_t want[BLOCKS * 70], got[BLOCKS * 70];
+        for (size_t j = 0; j < n_q * dim; j++)
+            q[j] = i % 3 == 2 ? extreme[rnd() % 4] : (int8_t)(i % 3 == 1 ? -128 : (int)rnd());
+        for (size_t b = 0; b < BLOCKS; b++) {
+            size_t n = lens[(i / 7 + b) % 7];
+            k[b] = need(n * dim);
+            panels[b] = need(ibid_key_panels_of(n) * IBID_KEY_PANEL * dim);
+            for (size_t j = 0; j < n * dim; j++)
+                k[b][j] =
+                    i % 3 == 2 ? extreme[rnd() % 4] : (int8_t)(i % 3 == 1 ? -128 : (int)rnd());
+            ibid_key_panels_pack(k[b], n, dim, panels[b]);
+            for (size_t j = 0; j < n; j++) {
+                ibid_key_panels_unpack(panels[b], j, dim, key);
+                assert_memory_equal(key, k[b] + j * dim, dim);
+            }
+            of[b] = (ibid_key_panels){panels[b], ibid_key_panels_of(n)};
+            ref->maxsim_i8(q, n_q, k[b], n, dim, want + b * n_q, NULL);
+        }
+        ref->maxsim_panels(q, n_q, dim, of, BLOCKS, got);
+        assert_memory_equal(got, want, BLOCKS * n_q * 4);
+        for (size_t t = 0; t < n_tested; t++) {
+            memset(got, 0, sizeof got);
+            tested[t]->maxsim_panels(q, n_q, dim, of, BLOCKS, got);
+            assert_memory_equal(got, want, BLOCKS * n_q * 4);
+        }
+        for (size_t b = 0; b < BLOCKS; b++) {
+            ibid_free(k[b]);
+            ibid_free(panels[b]);
+        }
+        ibid_free(q);
+    }
+}
+
 int main(void) {
     rng_state = SEED;
     find_backends();
@@ -1188,6 +1233,7 @@ int main(void) {
         cmocka_unit_test(test_attn_mass),
         cmocka_unit_test(test_attn_i8),
         cmocka_unit_test(test_maxsim),
+        cmocka_unit_test(test_maxsim_panels),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
