@@ -72,6 +72,15 @@ static void log_backend(const ibidi_loaded *m) {
                  (unsigned long long)(g.pool >> 20));
 }
 
+/* An engine that was to be a GPU's and cannot be says how to go on without. */
+static ibid_err open_engine(ibidi_loaded *m, const ibid_engine_opts *o) {
+    ibid_err e = ibid_engine_open(m->model, o, &m->engine);
+    if (o->backend != IBID_BACKEND_CUDA || (e != IBID_NOTSUP && e != IBID_NOMEM)) return e;
+    char why[512];
+    (void)snprintf(why, sizeof why, "%s", ibid_err_detail());
+    return ibid_fail(e, "%s; or start ibid with --backend auto or cpu", why);
+}
+
 /* type: that of the model's stored KV. */
 static ibid_err open_file(ibidi_room *r, ibid_str path, ibid_kv_type type, ibidi_loaded **out) {
     const char *kernels = r->opts.kernels[0] ? r->opts.kernels : NULL;
@@ -93,7 +102,7 @@ static ibid_err open_file(ibidi_room *r, ibid_str path, ibid_kv_type type, ibidi
     ibid_err e = IBID_OK;
     if (!(m->path = ibid_strndup(path.s, path.n))) e = ibid_fail(IBID_NOMEM, "out of memory");
     if (!e) e = ibid_model_open(m->path, NULL, &m->model);
-    if (!e) e = ibid_engine_open(m->model, &o, &m->engine);
+    if (!e) e = open_engine(m, &o);
     if (!e) log_backend(m);
     if (e)
         loaded_close(m);

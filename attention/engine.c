@@ -187,6 +187,10 @@ const char *ibid_engine_backend(const ibid_engine *e) {
     return e->gpu ? "cuda" : "cpu";
 }
 
+bool ibid_engine_draws(const ibid_engine *e) {
+    return e->gpu != NULL;
+}
+
 bool ibid_engine_lost(const ibid_engine *e) {
     return e->gpu && ibidi_gpu_lost(e->gpu);
 }
@@ -229,7 +233,10 @@ static ibid_err check_step(const ibid_engine *e, const ibid_step *s) {
     const ibid_probe *p = s->probe;
     if (!s->seq || s->seq->engine != e || s->seq->busy)
         return ibid_fail(IBID_INVAL, "a step's sequence is of another engine, or in two steps");
-    if (s->n_logits > s->n || (s->n_logits && !s->logits))
+    if (s->draw && (!e->gpu || s->n_logits != 1))
+        return ibid_fail(IBID_INVAL, "a token drawn on the %s from %zu rows",
+                         ibid_engine_backend(e), s->n_logits);
+    if (s->n_logits > s->n || (s->n_logits && !s->logits && !s->draw))
         return ibid_fail(IBID_INVAL, "%zu logits of %zu rows", s->n_logits, s->n);
     if (s->n_layers > e->m->n_layers ||
         (s->n_layers && s->n_layers < e->m->n_layers && s->n_logits))

@@ -55,6 +55,8 @@ void ibid_engine_close(ibid_engine *e);
 const ibid_model *ibid_engine_model(const ibid_engine *e);
 /* "cpu" or "cuda". */
 const char *ibid_engine_backend(const ibid_engine *e);
+/* Whether steps may have their token drawn (ibid_draw): on a GPU. */
+bool ibid_engine_draws(const ibid_engine *e);
 /* The GPU and its KV pool as of the last forward; from any thread. False on the CPU. */
 typedef struct ibid_engine_gpu {
     char name[64];
@@ -108,6 +110,13 @@ typedef struct ibid_probe {
     size_t row0, n_rows; /* rows of the step that count */
 } ibid_probe;
 
+/* A token drawn where the logits are, so that they need not come here: from temperature (0: the
+ * largest, the first of equals), top_p (1: all) and a number in [0, 1), as sample.cu says. */
+typedef struct ibid_draw {
+    float temperature, top_p, uniform;
+    int32_t token; /* the result */
+} ibid_draw;
+
 typedef struct ibid_step {
     ibid_seq *seq;
     const int32_t *tokens;     /* [n] */
@@ -115,6 +124,9 @@ typedef struct ibid_step {
     size_t n;
     size_t n_logits; /* logits wanted for the last n_logits rows, <= n */
     float *logits;   /* [n_logits, n_vocab] */
+    /* NULL, or instead of logits (n_logits 1, logits NULL): where ibid_engine_draws. INVAL if no logit
+     * is above -infinity. */
+    ibid_draw *draw;
     const ibid_probe *probe; /* NULL: none */
     size_t n_layers; /* layers to run: 0 = all; fewer leaves logits impossible (n_logits must be 0) */
     /* NULL, or called before a layer is computed, on the caller's thread, perhaps more than once for

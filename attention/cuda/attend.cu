@@ -6,8 +6,10 @@
  * Scores are q k^T with the stored int8 as exact halves, scaled per 32 dimensions behind the
  * product; values are scaled before theirs. In fine tiles rows 8 to 15 of the left operand hold the
  * rounding errors of rows 0 to 7, of queries and then of weights: their sum is as good as f32, at
- * no cost, since decoding has no more rows than that to fill the tensor core with. Online softmax:
- * arXiv: 1805.02867; splitting and merging by log-sum-exp: arXiv:2205.14135. */
+ * no cost, since decoding has no more rows than that to fill the tensor core with. Coarse tiles
+ * multiply keys with their queries' rounding errors too, half as much work again: scores of sharp
+ * attention are large, and their errors with them. Online softmax: arXiv: 1805.02867; splitting and
+ * merging by log-sum-exp: arXiv:2205.14135. */
 #include "attention/cuda/dialect.h"
 
 enum { SLICE = 16, SLICES = IBIDI_CU_PAGE / SLICE };
@@ -23,7 +25,11 @@ template <int P, bool q8> struct slice {
     static constexpr int BYTES = V_SCALE + SCALES;
     static constexpr int WARPS = 4 * 2 * BYTES > 98304 ? 2 : 4;
     static constexpr int FIT = 98304 / (WARPS * BYTES);
-    static constexpr int STAGES = FIT > 4 ? 4 : FIT; /* at least 2 */
+    static constexpr int STAGES = FIT > 4 ? 4 : FIT;
+    static_assert(STAGES >= 2, "a slice is computed while the next one is on its way");
+    static_assert(WARPS * STAGES * BYTES <= 99 * 1024, "what compute capability 8.6 and 8.9 have");
+    static_assert(WARPS * IBIDI_CU_TILE * (DIM + 2) * 4 <= WARPS * STAGES * BYTES,
+                  "the warps' states are laid down there at the end");
 };
 
 /* The two unsigned bytes of w with 0x80 flipped in, in the low bytes of its halves, as halves. */
@@ -54,39 +60,53 @@ IBIDI_DEV sight look(const ibidi_cu_shape &m, const ibidi_cu_tile &t, const ibid
     return s;
 }
 
-IBIDI_DEV void load_queries(uint4 *q, int n, const uint16_t *turned, size_t at) {
+/* Queries of a tile as a turn wants them; returns where the rest of coarse ones lies. */
+IBIDI_DEV const uint4 *load_queries(uint4 *q, int n, const uint16_t *turned,
+                                    const ibidi_cu_tile &tile, uint32_t turn, bool fine) {
+    size_t at = (size_t)tile.turned0 + (fine ? 1 : 2) * (size_t)turn;
     const uint4 *from =
         (const uint4 *)(const void *)turned + at * (size_t)n * 32 + threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < n; i++) q[i] = from[i * 32];
+    return fine ? NULL : from + n * 32;
+}
+
+/* Both halves of a product of 32 dimensions: b of q, then of what rounding q left. */
+IBIDI_DEV void multiply(float c[4], const uint4 q[2], const uint32_t b[4]) {
+    mma_f16(c, q[0].x, q[0].y, q[0].z, q[0].w, b[0], b[1]);
+    mma_f16(c, q[1].x, q[1].y, q[1].z, q[1].w, b[2], b[3]);
 }
 
 /* Scores of a lane: s[0..3] of tokens 2t, 2t + 1 in rows g, g + 8; s[4..7] of tokens 8 later. row:
- * K of token g; step: bytes from one token's K to the next; scale: of token 0, P to a token. */
+ * K of token g; step: bytes from one token's K to the next; scale: of token 0, P to a token. rest:
+ * what rounding the queries left (not of fine tiles, which hold it beside them). */
 template <int P, bool q8>
-IBIDI_DEV void score(const uint4 q[2 * P], const uint8_t *row, size_t step, const uint16_t *scale,
-                     float s[8]) {
+IBIDI_DEV void score(const uint4 q[2 * P], const uint4 *rest, const uint8_t *row, size_t step,
+                     const uint16_t *scale, float s[8]) {
     unsigned t = threadIdx.x % 4;
     for (int i = 0; i < 8; i++) s[i] = 0;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const uint8_t *k = row + (size_t)(8 * half) * step;
-        const uint16_t *sc = scale + (8 * half + 2 * (int)t) * P;
+    for (int p = 0; p < P; p++) {
+        uint4 r[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+        if (rest) r[0] = rest[2 * p * 32], r[1] = rest[(2 * p + 1) * 32];
 #pragma unroll
-        for (int p = 0; p < P; p++) {
+        for (int half = 0; half < 2; half++) {
+            const uint8_t *k = row + (size_t)(8 * half) * step;
             if (!q8) {
                 uint4 w = ((const uint4 *)(const void *)k)[4 * p + (int)t];
-                mma_f16(s + 4 * half, q[2 * p].x, q[2 * p].y, q[2 * p].z, q[2 * p].w, w.x, w.y);
-                mma_f16(s + 4 * half, q[2 * p + 1].x, q[2 * p + 1].y, q[2 * p + 1].z,
-                        q[2 * p + 1].w, w.z, w.w);
+                uint32_t b[4] = {w.x, w.y, w.z, w.w};
+                multiply(s + 4 * half, q + 2 * p, b);
+                if (rest) multiply(s + 4 * half, r, b);
                 continue;
             }
+            const uint16_t *sc = scale + (8 * half + 2 * (int)t) * P;
             uint2 w = ((const uint2 *)(const void *)k)[4 * p + (int)t];
             float c[4] = {0, 0, 0, 0};
-            mma_f16(c, q[2 * p].x, q[2 * p].y, q[2 * p].z, q[2 * p].w,
-                    halves_of(bytes_of(w.x, 0, 0x1100u)), halves_of(bytes_of(w.x, 0, 0x3322u)));
-            mma_f16(c, q[2 * p + 1].x, q[2 * p + 1].y, q[2 * p + 1].z, q[2 * p + 1].w,
-                    halves_of(bytes_of(w.y, 0, 0x1100u)), halves_of(bytes_of(w.y, 0, 0x3322u)));
+            uint32_t b[4] = {
+                halves_of(bytes_of(w.x, 0, 0x1100u)), halves_of(bytes_of(w.x, 0, 0x3322u)),
+                halves_of(bytes_of(w.y, 0, 0x1100u)), halves_of(bytes_of(w.y, 0, 0x3322u))};
+            multiply(c, q + 2 * p, b);
+            if (rest) multiply(c, r, b);
             float s0 = f16_to_f32(sc[p]), s1 = f16_to_f32(sc[P + p]);
             s[4 * half] += c[0] * s0;
             s[4 * half + 1] += c[1] * s1;
@@ -174,13 +194,13 @@ template <int P> struct running {
 };
 
 template <int P, bool q8, bool fine>
-IBIDI_DEV void attend_slice(running<P> &r, const uint4 q[2 * P], const uint8_t *at,
-                            const ibidi_cu_page &page, unsigned n_slice, unsigned valid,
-                            const sight &see) {
+IBIDI_DEV void attend_slice(running<P> &r, const uint4 q[2 * P], const uint4 *rest,
+                            const uint8_t *at, const ibidi_cu_page &page, unsigned n_slice,
+                            unsigned valid, const sight &see) {
     using S = slice<P, q8>;
     unsigned t = threadIdx.x % 4, token0 = n_slice * SLICE;
     float s[8], p[8], low[8];
-    score<P, q8>(q, at + (threadIdx.x % 32 / 4) * S::K_ROW, S::K_ROW,
+    score<P, q8>(q, fine ? NULL : rest, at + (threadIdx.x % 32 / 4) * S::K_ROW, S::K_ROW,
                  (const uint16_t *)(const void *)(at + S::K_SCALE), s);
     if (fine)
         for (int i = 0; i < 8; i++) s[i] += i % 4 < 2 ? s[i + 2] : 0;
@@ -265,6 +285,7 @@ __global__ void __launch_bounds__(32 * slice<P, q8>::WARPS)
     uint8_t *stages = memory + warp * S::STAGES * S::BYTES;
     sight see = look(m, tile, a.rows, fine);
     uint4 q[2 * P];
+    const uint4 *rest = NULL;
     uint32_t turn = UINT32_MAX;
     running<P> r = {{-INFINITY, -INFINITY}, {0, 0}, {}};
 #pragma unroll
@@ -292,9 +313,10 @@ __global__ void __launch_bounds__(32 * slice<P, q8>::WARPS)
         unsigned valid = (unsigned)(page.keep >> (n_slice * SLICE)) & 0xffffu;
         if (left < SLICE) valid &= (1u << left) - 1;
         if (valid) {
-            if (page.turn != turn) load_queries(q, 2 * P, a.turned, tile.turned0 + page.turn);
+            if (page.turn != turn) rest = load_queries(q, 2 * P, a.turned, tile, page.turn, fine);
             turn = page.turn;
-            attend_slice<P, q8, fine>(r, q, stages + stage * S::BYTES, page, n_slice, valid, see);
+            attend_slice<P, q8, fine>(r, q, rest, stages + stage * S::BYTES, page, n_slice, valid,
+                                      see);
         }
         stage = (stage + 1) % S::STAGES;
     }
@@ -376,9 +398,9 @@ __global__ void __launch_bounds__(32 * SLICES)
         sight see = look(m, t, a.rows, fine != 0);
         uint4 q[2 * P];
         float s[8];
-        load_queries(q, 2 * P, a.turned, t.turned0 + page.turn);
+        const uint4 *rest = load_queries(q, 2 * P, a.turned, t, page.turn, fine != 0);
         const uint16_t *scale = (const uint16_t *)(const void *)(head + 2 * IBIDI_CU_PAGE * S::ROW);
-        score<P, q8>(q, head + (size_t)(n_slice * SLICE + lane / 4) * S::ROW, S::ROW,
+        score<P, q8>(q, rest, head + (size_t)(n_slice * SLICE + lane / 4) * S::ROW, S::ROW,
                      scale + (q8 ? n_slice * SLICE * P : 0), s);
         for (int h = 0; h < 2; h++) {
             unsigned j = lane / 4 + 8 * (unsigned)h, pair = t.pair0 + j;

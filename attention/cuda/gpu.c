@@ -164,6 +164,15 @@ static void set_shape(struct ibidi_gpu *g, const ibid_engine_opts *o) {
     g->kv_dim = m->n_kv_heads * m->head_dim;
 }
 
+/* Where tokens drawn on the device come to. */
+static ibid_err open_drawn(struct ibidi_gpu *g) {
+    void *p = NULL;
+    ibid_err err = ibidi_gpu_reserve(g, &g->drawn, IBIDI_GPU_LOGITS * sizeof *g->host_drawn);
+    if (!err) err = ibid_device_host_alloc(g->d, IBIDI_GPU_LOGITS * sizeof *g->host_drawn, &p);
+    if (!err) g->host_drawn = p;
+    return err;
+}
+
 /* The pool takes what was asked for, or most of what the weights have left. */
 static ibid_err open_pool(struct ibidi_gpu *g, size_t bytes) {
     ibid_device_info info;
@@ -193,10 +202,11 @@ ibid_err ibidi_gpu_open(const ibid_model *m, const ibid_engine_opts *o, ibid_poo
     g->m = m;
     g->k = k;
     set_shape(g, o);
+    g->no_graphs = o && o->gpu_no_graphs;
     if (!(err = ibid_device_open(0, &g->d)) && !(err = ibid_device_stream_open(g->d, &g->work)) &&
         !(err = ibid_device_stream_open(g->d, &g->copy)) &&
-        !(err = ibid_device_event_open(g->d, &g->copied)) && !(err = upload_weights(g, pool)) &&
-        !(err = open_pool(g, o ? o->gpu_memory : 0))) {
+        !(err = ibid_device_event_open(g->d, &g->copied)) && !(err = open_drawn(g)) &&
+        !(err = upload_weights(g, pool)) && !(err = open_pool(g, o ? o->gpu_memory : 0))) {
         *out = g;
         g = NULL;
     }
@@ -238,14 +248,17 @@ void ibidi_gpu_look(const struct ibidi_gpu *g, ibid_engine_gpu *out) {
 void ibidi_gpu_close(struct ibidi_gpu *g) {
     if (!g) return;
     if (g->d) {
-        ibidi_gpu_room *rooms[] = {&g->weights, &g->x,   &g->y,        &g->h,      &g->h_scale,
-                                   &g->y_scale, &g->q,   &g->tables,   &g->turned, &g->acc,
-                                   &g->state,   &g->lse, &g->unpacked, &g->logits, &g->mass};
+        ibidi_gpu_room *rooms[] = {&g->weights,  &g->x,       &g->y,     &g->h,
+                                   &g->h_scale,  &g->y_scale, &g->q,     &g->tables,
+                                   &g->turned,   &g->acc,     &g->state, &g->lse,
+                                   &g->unpacked, &g->logits,  &g->mass,  &g->drawn};
         if (g->work) (void)ibid_device_sync(g->d, g->work);
         if (g->copy) (void)ibid_device_sync(g->d, g->copy);
         for (size_t i = 0; i < sizeof rooms / sizeof *rooms; i++)
             ibid_device_free(g->d, rooms[i]->p);
+        ibidi_gpu_graphs_close(g);
         ibid_device_host_free(g->d, g->host_tables);
+        ibid_device_host_free(g->d, g->host_drawn);
         for (size_t i = 0; i < IBIDI_GPU_STAGES; i++) {
             ibid_device_host_free(g->d, g->stages[i].p);
             ibid_device_event_close(g->d, g->stages[i].done);

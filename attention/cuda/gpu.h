@@ -6,7 +6,8 @@
  * gpu.c          opening: weights, the pool, scratch
  * gpu_seq.c      a sequence's pages: blocks pinned, live cells, tables; reading pages back
  * gpu_load.c     stored KV to the pool, layer by layer, through pinned staging
- * gpu_forward.c  a pass */
+ * gpu_forward.c  a pass
+ * gpu_graph.c    decoding passes, recorded and run again */
 #ifndef IBID_ATTENTION_CUDA_GPU_H
 #define IBID_ATTENTION_CUDA_GPU_H
 
@@ -20,6 +21,8 @@ enum {
     IBIDI_GPU_CHUNK = 512, /* rows of a pass */
     IBIDI_GPU_LOGITS = 64, /* rows that meet the output head together */
     IBIDI_GPU_STAGES = 2,  /* staging buffers */
+    IBIDI_GPU_GRAPHS = 32, /* recorded passes kept */
+    IBIDI_GPU_PARTS = 64,  /* steps in a recorded pass at most */
     IBIDI_GPU_TURNED =
         1u << 28, /* bytes of turned queries in a pass, about: longer steps are cut */
 };
@@ -34,6 +37,23 @@ typedef struct ibidi_gpu_layer {
     ibidi_cu_matrix qkv[3], wo, ffn[2], down;
     const float *attn_norm, *ffn_norm, *bq, *bk, *bv, *bo, *q_norm, *k_norm; /* NULL: none */
 } ibidi_gpu_layer;
+
+/* All that the arguments of a pass's launches depend on; zeroed before it is filled, padding too.
+ */
+typedef struct ibidi_gpu_key {
+    uint64_t n_rows, n_layers, n_wanted, n_tiles[2], n_items[2], max_turned, draws;
+    const void *memory[16];
+    struct {
+        uint64_t n_pages, lo, hi; /* of its probe */
+    } parts[IBIDI_GPU_PARTS];
+} ibidi_gpu_key;
+
+typedef struct ibidi_gpu_graph {
+    ibidi_gpu_key key;
+    uint64_t used; /* a clock; 0: never */
+    bool refused;  /* the device would not record it */
+    ibid_device_graph *graph;
+} ibidi_gpu_graph;
 
 struct ibidi_gpu {
     ibid_device *d;
@@ -65,7 +85,11 @@ struct ibidi_gpu {
 
     /* Of a pass. */
     ibidi_gpu_room x, y, h, h_scale, y_scale, q, tables, turned, acc, state, lse, unpacked, logits,
-        mass;
+        mass, drawn;
+    uint32_t *host_drawn; /* pinned, [IBIDI_GPU_LOGITS] */
+    ibidi_gpu_graph graphs[IBIDI_GPU_GRAPHS];
+    uint64_t graph_clock;
+    bool no_graphs;
     uint8_t *host_tables; /* pinned: rows, sequences, cos, sin, tiles, items, as in `tables` */
     size_t host_bytes;
     ibidi_cu_plan plan;
@@ -111,6 +135,13 @@ const uint8_t *ibidi_gpu_page(const ibid_seq *s, size_t page, size_t layer, size
 /* Begins to bring what is missing of a step's stored KV at a layer; work waits for it. */
 ibid_err ibidi_gpu_load(struct ibidi_gpu *g, const ibid_step *step, size_t layer);
 ibid_err ibidi_gpu_loaded(struct ibidi_gpu *g);
+
+/* Puts a pass on the work stream: put(arg), or what it put there when it was recorded under an
+ * equal key. put may be called once to run and once to be recorded; it must neither wait nor
+ * allocate. */
+ibid_err ibidi_gpu_put_recorded(struct ibidi_gpu *g, const ibidi_gpu_key *key,
+                                ibid_err (*put)(const void *arg), const void *arg);
+void ibidi_gpu_graphs_close(struct ibidi_gpu *g);
 
 /* Runs checked steps, whose sequences have base set. */
 ibid_err ibidi_gpu_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,

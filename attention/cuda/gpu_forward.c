@@ -6,7 +6,9 @@
 #include <string.h>
 
 enum {
-    WEIGHT_SLICE = 64 * 1024 * 1024 /* bytes of f16 weights unpacked at once for the library */
+    WEIGHT_SLICE = 64 * 1024 * 1024, /* bytes of f16 weights unpacked at once for the library */
+    ITEM_STEP = 64,                  /* grids of recorded passes grow by so many blocks, */
+    TURN_STEP = 32                   /* and by so many turns */
 };
 
 /* Rows [row0, row0 + n) of a step at rows [at, at + n) of the pass. */
@@ -33,8 +35,11 @@ typedef struct pass {
     const ibidi_cu_item *d_items;
     const uint64_t *d_heads;
     const uint32_t *d_wanted;
-    uint32_t *wanted; /* rows whose logits are wanted */
+    const float *d_draw;
+    uint32_t *wanted; /* rows whose logits are wanted, */
+    float *draw;      /* and how tokens are drawn from them: [3, n_rows] */
     size_t n_wanted, n_mass_pages;
+    bool draws; /* at least one of them */
 } pass;
 
 /* ---- Scratch and tables ---- */
@@ -91,12 +96,14 @@ static ibid_err make_tables(pass *p) {
         n_tiles += t;
         n_items += IBIDI_CU_BLOCKS + 3 * t;
     }
+    n_items += ITEM_STEP;
     size_t rows = take(&l, p->n_rows, sizeof *p->rows);
     seqs = take(&l, p->n_parts, sizeof *p->seqs);
     cos = take(&l, p->n_rows * half, sizeof(float));
     sin = take(&l, p->n_rows * half, sizeof(float));
     heads = take(&l, p->n_parts * g->m->n_layers * p->words, sizeof *p->heads);
     size_t wanted = take(&l, p->n_rows, sizeof *p->wanted);
+    size_t draw = take(&l, 3 * p->n_rows, sizeof *p->draw);
     tiles = take(&l, n_tiles, sizeof *p->d_tiles);
     items = take(&l, n_items, sizeof *p->d_items);
     ibid_err err = ibidi_gpu_reserve(g, &g->tables, l.used);
@@ -119,6 +126,8 @@ static ibid_err make_tables(pass *p) {
     p->sin = (void *)(h + sin);
     p->heads = (void *)(h + heads);
     p->wanted = (void *)(h + wanted);
+    p->draw = (void *)(h + draw);
+    p->d_draw = (const void *)(d + draw);
     p->d_rows = (const void *)(d + rows);
     p->d_seqs = (const void *)(d + seqs);
     p->d_cos = (const void *)(d + cos);
@@ -140,11 +149,22 @@ static void set_heads(const struct ibidi_gpu *g, const ibid_probe *probe, size_t
     }
 }
 
+/* The row's logits; a token is drawn from them, if only for the sake of those beside it. */
+static void want_row(pass *p, const ibid_step *s, size_t at) {
+    size_t i = p->n_wanted++;
+    p->wanted[i] = (uint32_t)at;
+    p->draw[i] = s->draw ? s->draw->temperature : 0;
+    p->draw[p->n_rows + i] = s->draw ? s->draw->top_p : 1;
+    p->draw[2 * p->n_rows + i] = s->draw ? s->draw->uniform : 0;
+    p->draws |= s->draw != NULL;
+}
+
 static void fill_tables(pass *p) {
     struct ibidi_gpu *g = p->g;
     size_t half = g->shape.n_rot / 2, per = g->m->n_layers * p->words;
     memset(p->heads, 0, p->n_parts * per * sizeof *p->heads);
     p->n_wanted = p->n_mass_pages = 0;
+    p->draws = false;
     for (size_t i = 0; i < p->n_parts; i++) {
         part *t = &p->parts[i];
         const ibid_step *s = t->step;
@@ -158,7 +178,7 @@ static void fill_tables(pass *p) {
                                          .token = (uint32_t)s->tokens[row]};
             ibidi_rope_table(&g->m->rope, s->positions[row], 1, p->cos + at * half,
                              p->sin + at * half);
-            if (row >= s->n - s->n_logits) p->wanted[p->n_wanted++] = (uint32_t)at;
+            if (row >= s->n - s->n_logits) want_row(p, s, at);
         }
         p->pieces[i] = (ibidi_cu_piece){.seq = (uint32_t)i,
                                         .row0 = (uint32_t)t->at,
@@ -303,29 +323,60 @@ static ibid_err run_layer(const pass *p, size_t layer) {
     return IBID_OK;
 }
 
-static float *logits_of(const pass *p, size_t row) {
-    size_t i = p->rows[row].seq;
-    const part *t = &p->parts[i];
-    const ibid_step *s = t->step;
-    return s->logits + (t->row0 + row - t->at - (s->n - s->n_logits)) * p->g->m->n_vocab;
-}
+/* ---- Logits and tokens ---- */
 
-static ibid_err run_head(const pass *p) {
+static ibid_err put_head(const pass *p, size_t i, size_t n) {
     struct ibidi_gpu *g = p->g;
     const ibid_model *m = g->m;
     size_t embd = m->n_embd, vocab = m->n_vocab;
+    ibid_err err;
+    if ((err = ibidi_cu_norm(g->work, g->x.p, g->y.p, embd, g->y_scale.p, NULL, g->output_norm,
+                             m->norm_eps, p->d_wanted + i, n, embd, g->h.p, lined(embd),
+                             g->h_scale.p)) ||
+        (err = linear(g, &g->output, 1, n, g->logits.p, vocab)) ||
+        (err = ibidi_cu_scale_rows(g->work, g->logits.p, vocab, g->h_scale.p, n, vocab)))
+        return err;
+    if (!p->draws) return IBID_OK;
+    const float *t = p->d_draw + i;
+    err = ibidi_cu_sample(g->work, g->logits.p, vocab, n, vocab, t, t + p->n_rows,
+                          t + 2 * p->n_rows, g->drawn.p);
+    if (!err)
+        err = ibid_device_download(g->d, g->work, g->host_drawn, g->drawn.p,
+                                   n * sizeof *g->host_drawn);
+    return err;
+}
+
+/* Logits that were asked for come here; tokens, once the stream has been waited for. */
+static ibid_err fetch_head(const pass *p, size_t i, size_t n) {
+    struct ibidi_gpu *g = p->g;
+    size_t vocab = g->m->n_vocab;
+    ibid_err err = IBID_OK;
+    for (size_t k = 0; !err && k < n; k++) {
+        size_t row = p->wanted[i + k];
+        const part *t = &p->parts[p->rows[row].seq];
+        const ibid_step *s = t->step;
+        if (s->draw) continue;
+        size_t at = t->row0 + row - t->at - (s->n - s->n_logits);
+        err = ibid_device_download(g->d, g->work, s->logits + at * vocab,
+                                   (float *)g->logits.p + k * vocab, vocab * sizeof(float));
+    }
+    if (!p->draws) return err;
+    ibid_err e = ibid_device_sync(g->d, g->work);
+    for (size_t k = 0; !err && !e && k < n; k++) {
+        ibid_draw *d = p->parts[p->rows[p->wanted[i + k]].seq].step->draw;
+        if (d && g->host_drawn[k] >= vocab)
+            err = ibid_fail(IBID_INVAL, "no logit is above -infinity");
+        else if (d)
+            d->token = (int32_t)g->host_drawn[k];
+    }
+    return err ? err : e;
+}
+
+static ibid_err run_head(const pass *p) {
     ibid_err err = IBID_OK;
     for (size_t i = 0; !err && i < p->n_wanted; i += IBIDI_GPU_LOGITS) {
         size_t n = p->n_wanted - i < IBIDI_GPU_LOGITS ? p->n_wanted - i : IBIDI_GPU_LOGITS;
-        if ((err = ibidi_cu_norm(g->work, g->x.p, g->y.p, embd, g->y_scale.p, NULL, g->output_norm,
-                                 m->norm_eps, p->d_wanted + i, n, embd, g->h.p, lined(embd),
-                                 g->h_scale.p)) ||
-            (err = linear(g, &g->output, 1, n, g->logits.p, vocab)) ||
-            (err = ibidi_cu_scale_rows(g->work, g->logits.p, vocab, g->h_scale.p, n, vocab)))
-            break;
-        for (size_t k = 0; !err && k < n; k++)
-            err = ibid_device_download(g->d, g->work, logits_of(p, p->wanted[i + k]),
-                                       (float *)g->logits.p + k * vocab, vocab * sizeof(float));
+        if (!(err = put_head(p, i, n))) err = fetch_head(p, i, n);
     }
     return err;
 }
@@ -353,13 +404,18 @@ static ibid_err give_masses(const pass *p) {
     return err ? err : e;
 }
 
-static ibid_err run_layers(pass *p, const atomic_bool *cancel) {
+static ibid_err put_start(const pass *p) {
     struct ibidi_gpu *g = p->g;
     ibid_err err = IBID_OK;
     if (p->n_mass_pages)
         err = ibid_device_fill(g->d, g->work, g->mass.p, 0,
                                p->n_mass_pages * IBIDI_CU_PAGE * sizeof(float));
-    if (!err) err = ibidi_cu_embed(g->work, &g->embed, p->d_rows, p->n_rows, g->x.p);
+    return err ? err : ibidi_cu_embed(g->work, &g->embed, p->d_rows, p->n_rows, g->x.p);
+}
+
+static ibid_err run_layers(pass *p, const atomic_bool *cancel) {
+    struct ibidi_gpu *g = p->g;
+    ibid_err err = put_start(p);
     for (size_t layer = 0; !err && layer < p->n_layers; layer++) {
         if (cancel && atomic_load_explicit(cancel, memory_order_relaxed))
             return ibid_fail(IBID_CANCELLED, "cancelled before layer %zu", layer);
@@ -371,6 +427,66 @@ static ibid_err run_layers(pass *p, const atomic_bool *cancel) {
     return err ? err : run_head(p);
 }
 
+/* ---- Steady passes ---- */
+
+static bool all_loaded(const ibid_seq *s, size_t n_layers) {
+    for (size_t i = 0; i < s->n_segs; i++)
+        if (s->gpu->blocks[i]->loaded < n_layers) return false;
+    return true;
+}
+
+/* Decoding with all KV there: one row of each sequence. */
+static bool is_steady(const pass *p) {
+    if (p->g->no_graphs || p->n_rows != p->n_parts || p->n_rows > IBIDI_GPU_PARTS) return false;
+    for (size_t i = 0; i < p->n_parts; i++)
+        if (p->parts[i].n != 1 || !all_loaded(p->parts[i].step->seq, p->n_layers)) return false;
+    return p->n_wanted <= IBIDI_GPU_LOGITS;
+}
+
+/* What was put on the stream when the pass was like this one. */
+static ibidi_gpu_key key_of(const pass *p) {
+    const struct ibidi_gpu *g = p->g;
+    const ibidi_cu_plan *plan = &g->plan;
+    ibidi_gpu_key k;
+    const void *memory[] = {g->x.p,     g->y.p,    g->h.p,      g->h_scale.p, g->y_scale.p,
+                            g->q.p,     g->lse.p,  g->tables.p, g->turned.p,  g->acc.p,
+                            g->state.p, g->mass.p, g->logits.p};
+    memset(&k, 0, sizeof k);
+    k.n_rows = p->n_rows;
+    k.n_layers = p->n_layers;
+    k.n_wanted = p->n_wanted;
+    k.max_turned = plan->max_turned;
+    k.draws = p->draws;
+    memcpy(k.memory, memory, sizeof memory);
+    for (size_t i = 0; i < 2; i++) {
+        k.n_tiles[i] = plan->n_tiles[i];
+        k.n_items[i] = plan->n_items[i];
+    }
+    for (size_t i = 0; i < p->n_parts; i++) {
+        const ibid_step *s = p->parts[i].step;
+        if (!s->probe) continue;
+        k.parts[i].n_pages = s->seq->gpu->n_stored_pages + 1; /* probed, even if there are none */
+        k.parts[i].lo = s->probe->row0;
+        k.parts[i].hi = s->probe->row0 + s->probe->n_rows;
+    }
+    return k;
+}
+
+static ibid_err put_steady(const void *arg) {
+    const pass *p = arg;
+    ibid_err err = put_start(p);
+    for (size_t layer = 0; !err && layer < p->n_layers; layer++) err = run_layer(p, layer);
+    return !err && p->n_wanted ? put_head(p, 0, p->n_wanted) : err;
+}
+
+static ibid_err run_steady(const pass *p, const atomic_bool *cancel) {
+    ibidi_gpu_key key = key_of(p);
+    if (cancel && atomic_load_explicit(cancel, memory_order_relaxed))
+        return ibid_fail(IBID_CANCELLED, "cancelled before a step");
+    ibid_err err = ibidi_gpu_put_recorded(p->g, &key, put_steady, p);
+    return err ? err : fetch_head(p, 0, p->n_wanted);
+}
+
 /* Whatever happens, nothing of the pass is under way afterwards: pages may go to others then. */
 static ibid_err run_pass(pass *p, const atomic_bool *cancel) {
     struct ibidi_gpu *g = p->g;
@@ -378,9 +494,12 @@ static ibid_err run_pass(pass *p, const atomic_bool *cancel) {
     if (err) return err;
     fill_tables(p);
     err = ibidi_cu_plan_make(&g->shape, p->pieces, p->n_parts, p->rows, &g->plan);
+    bool steady = is_steady(p);
+    if (!err && steady) err = ibidi_cu_plan_pad(&g->plan, ITEM_STEP);
+    if (steady) g->plan.max_turned = ibid_align_up(g->plan.max_turned, TURN_STEP);
     if (!err) err = reserve(g, p);
     if (!err) err = upload_tables(p);
-    if (!err) err = run_layers(p, cancel);
+    if (!err) err = steady ? run_steady(p, cancel) : run_layers(p, cancel);
     ibid_err copied = ibid_device_sync(g->d, g->copy), worked = ibid_device_sync(g->d, g->work);
     if (!err) err = copied ? copied : worked;
     return err ? err : give_masses(p);
@@ -395,7 +514,7 @@ static size_t layers_of(const struct ibidi_gpu *g, const ibid_step *s) {
 /* Rows of a step that a pass takes at most: a property of the step. */
 static size_t most_rows(const struct ibidi_gpu *g, const ibid_step *s) {
     size_t turns = s->seq->gpu->n_turns + 1;
-    size_t each = turns * g->q_dim * 2, most = IBIDI_GPU_TURNED / each;
+    size_t each = turns * g->q_dim * 4, most = IBIDI_GPU_TURNED / each;
     if (most > IBIDI_GPU_CHUNK) return IBIDI_GPU_CHUNK;
     return most > 16 ? most / 16 * 16 : 16;
 }

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(THREADS)
     turn_kernel(ibidi_cu_shape m, const ibidi_cu_tile *tiles, int fine, const ibidi_cu_seq *seqs,
                 const float *q, uint16_t *turned) {
     __shared__ float space[WARPS][IBIDI_CU_DIM_MAX];
-    __shared__ uint16_t rounded[IBIDI_CU_TILE][IBIDI_CU_DIM_MAX + 8];
+    __shared__ uint16_t rounded[2 * IBIDI_CU_TILE][IBIDI_CU_DIM_MAX + 8];
     const ibidi_cu_tile t = tiles[blockIdx.x];
     unsigned turn = blockIdx.y, dim = m.head_dim, parts = dim / 32;
     unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -138,16 +138,18 @@ __global__ void __launch_bounds__(THREADS)
             if (i >= parts) break;
             uint16_t h = f32_to_f16(v[i]);
             rounded[j][32 * i + lane] = h;
-            if (fine) rounded[j + 8][32 * i + lane] = f32_to_f16(v[i] - f16_to_f32(h));
+            rounded[j + n][32 * i + lane] = f32_to_f16(v[i] - f16_to_f32(h));
         }
     }
     __syncthreads();
     /* Product i of part p: lane 4g + t holds dimensions 32 p + 8 t + 4 i + {0, 1}, then + {2, 3}.
      */
-    uint32_t *to = (uint32_t *)(void *)turned + (size_t)(t.turned0 + turn) * dim / 16 * 128;
-    for (unsigned k = threadIdx.x; k < dim / 16 * 128; k += THREADS) {
-        unsigned r = k % 4, l = k / 4 % 32, i = k / 128 % 2, p = k / 256;
-        unsigned d = 32 * p + 8 * (l % 4) + 4 * i + 2 * (r / 2), row = l / 4 + 8 * (r % 2);
+    unsigned each = dim / 16 * 128, parts_of = fine ? 1 : 2;
+    uint32_t *to = (uint32_t *)(void *)turned + ((size_t)t.turned0 + parts_of * turn) * each;
+    for (unsigned k = threadIdx.x; k < parts_of * each; k += THREADS) {
+        unsigned r = k % 4, l = k / 4 % 32, i = k / 128 % 2, p = k % each / 256;
+        unsigned d = 32 * p + 8 * (l % 4) + 4 * i + 2 * (r / 2);
+        unsigned row = k / each * IBIDI_CU_TILE + l / 4 + 8 * (r % 2);
         to[k] = (uint32_t)rounded[row][d] | (uint32_t)rounded[row][d + 1] << 16;
     }
 }

@@ -68,7 +68,7 @@ ibid_err ibidi_cu_finish_heads(ibidi_cu_stream s, const ibidi_cu_shape *m, const
 
 /* The queries of tiles [0, n_tiles) turned for each of their sequence's turns, as fragments of the
  * left operand of mma, f16: [turned0 + turn][dim / 16][lane] 16 bytes. Fine tiles hold each query's
- * rounding error in rows 8 to 15. max_turned: the largest n_turned. */
+ * rounding error in rows 8 to 15; coarse ones in a second fragment: [turned0 + 2 turn + 0, 1]. max_turned: the largest n_turned. */
 ibid_err ibidi_cu_turn(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibidi_cu_tile *tiles,
                        size_t n_tiles, size_t max_turned, int fine, const ibidi_cu_seq *seqs,
                        const float *q, uint16_t *turned);
@@ -104,7 +104,7 @@ ibid_err ibidi_cu_mass(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibidi_c
 /* One token of each row of logits [n, ld]. temperature[i] 0: the largest (the first of equals);
  * else the smallest set of most probable tokens whose probability reaches top_p[i] (with all that
  * are as probable as the last), one of them drawn by uniform[i] in [0, 1), in order of their
- * numbers. */
+ * numbers. One that is not a number counts as -infinity; UINT32_MAX if all are that. */
 ibid_err ibidi_cu_sample(ibidi_cu_stream s, const float *logits, size_t ld, size_t n, size_t vocab,
                          const float *temperature, const float *top_p, const float *uniform,
                          uint32_t *token);

@@ -100,7 +100,7 @@ typedef struct ibidi_cu_row {
 typedef struct ibidi_cu_tile {
     uint32_t seq, kv_head;
     uint32_t row0, pair0, n;
-    uint32_t turned0;  /* its queries, turned: [n_turns + 1] fragments from here on */
+    uint32_t turned0;  /* its queries, turned: [n_turns + 1] fragments from here on, coarse: twice */
     uint32_t n_turned; /* how many of them */
     uint32_t partial0, n_partials;
 } ibidi_cu_tile;

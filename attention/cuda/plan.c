@@ -75,7 +75,7 @@ static ibid_err add_tile(const ibidi_cu_shape *m, const ibidi_cu_piece *p, ibidi
     t.n_partials = (uint32_t)*partial - t.partial0;
     o->tiles[at] = t;
     o->n_tiles[fine]++;
-    o->n_turned += p->n_turned;
+    o->n_turned += fine ? p->n_turned : 2 * p->n_turned; /* coarse: and what rounding left */
     if (p->n_turned > o->max_turned) o->max_turned = p->n_turned;
     return IBID_OK;
 }
@@ -114,6 +114,18 @@ ibid_err ibidi_cu_plan_make(const ibidi_cu_shape *m, const ibidi_cu_piece *piece
         o->n_items[fine] = n_items - before;
         o->n_states = partial * tile_rows(fine);
     }
+    return IBID_OK;
+}
+
+ibid_err ibidi_cu_plan_pad(ibidi_cu_plan *p, size_t to) {
+    int fine = p->n_items[1] != 0;
+    size_t n = p->n_items[fine], padded = (n + to - 1) / to * to;
+    ibid_err err = p->n_items[!fine]
+                       ? ibid_fail(IBID_INTERNAL, "a plan of two kinds of tiles")
+                       : room((void **)&p->items, &p->item_room, padded, sizeof *p->items);
+    if (err) return err;
+    memset(p->items + n, 0, (padded - n) * sizeof *p->items);
+    p->n_items[fine] = padded;
     return IBID_OK;
 }
 

@@ -38,5 +38,8 @@ bool ibidi_cu_is_fine(const ibidi_cu_shape *m, size_t n);
 /* Writes the plan, reusing its memory, and each row's tile0, tiles, tile_rows and pair0. */
 ibid_err ibidi_cu_plan_make(const ibidi_cu_shape *m, const ibidi_cu_piece *pieces, size_t n_pieces,
                             ibidi_cu_row *rows, ibidi_cu_plan *out);
+/* Adds empty items at the end, of tiles of one kind, until their number is a multiple of `to`:
+ * grids that change less often. The plan has tiles of that kind alone. */
+ibid_err ibidi_cu_plan_pad(ibidi_cu_plan *p, size_t to);
 void ibidi_cu_plan_fini(ibidi_cu_plan *p);
 #endif

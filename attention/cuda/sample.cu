@@ -4,12 +4,16 @@
 
 enum { THREADS = 1024, HALVINGS = 40 };
 
+IBIDI_DEV float weight(float logit, float top, float k) {
+    return logit > -INFINITY ? exp2f((logit - top) * k) : 0;
+}
+
 /* Sum of weights 2^((logit - top) k) of at least `least`. */
 IBIDI_DEV float mass_above(const float *l, unsigned vocab, float top, float k, float least,
                            float *space) {
     float sum = 0;
     for (unsigned i = threadIdx.x; i < vocab; i += THREADS) {
-        float w = exp2f((l[i] - top) * k);
+        float w = weight(l[i], top, k);
         if (w >= least) sum += w;
     }
     sum = block_reduce<false>(sum, space);
@@ -35,7 +39,11 @@ __global__ void __launch_bounds__(THREADS)
     for (unsigned i = threadIdx.x; i < vocab; i += THREADS) top = fmaxf(top, l[i]);
     top = block_reduce<true>(top, space);
     __syncthreads();
-    if (!(t > 0)) {
+    if (!(top > -INFINITY)) { /* nothing to draw from */
+        if (threadIdx.x == 0) token[blockIdx.x] = UINT32_MAX;
+        return;
+    }
+    if (!(t > 0) || !(top < INFINITY)) {
         unsigned best = first_largest(l, vocab, top, space);
         if (threadIdx.x == 0) token[blockIdx.x] = best;
         return;
@@ -55,7 +63,7 @@ __global__ void __launch_bounds__(THREADS)
     unsigned to = from + each < vocab ? from + each : vocab;
     float mine = 0;
     for (unsigned i = from; i < to; i++) {
-        float w = exp2f((l[i] - top) * k);
+        float w = weight(l[i], top, k);
         if (w >= lo) mine += w;
     }
     before[threadIdx.x] = mine;
@@ -72,7 +80,7 @@ __global__ void __launch_bounds__(THREADS)
     }
     if (sum + before[part] <= draw) sum -= before[part]; /* rounding: past all of them */
     for (unsigned i = part * each; i < (part + 1) * each && i < vocab; i++) {
-        float w = exp2f((l[i] - top) * k);
+        float w = weight(l[i], top, k);
         if (w < lo) continue;
         last = i;
         sum += w;

@@ -12,6 +12,8 @@ enum {
     ROOM_MAX = 65536
 };
 
+static const float BELOW_ONE = 0x1.fffffep-1f;
+
 double ibid_recompute_auto(size_t n_blocks) {
     return n_blocks <= 1 ? 0 : n_blocks == 2 ? 0.15 : 0.5;
 }
@@ -92,7 +94,9 @@ typedef struct run {
     ibid_sampler *sampler;
     ibid_utf8_stream chars;
     ibid_buf piece; /* whole characters that were not handed on yet */
-    float *logits;
+    float *logits;  /* of the question's last token; on the CPU of each */
+    ibid_draw draw; /* where the device draws tokens: the next one, once drawn */
+    bool drawn;
     float **mass; /* [1 + n_blocks]: the prefix has none */
 } run;
 
@@ -143,14 +147,31 @@ static ibid_err ask(run *a) {
 static ibid_err step(run *a, int32_t token) {
     ibid_probe probe = {.heads = a->p->heads, .mass = a->mass, .n_rows = 1};
     uint32_t position = a->asked.position++;
+    bool draws = ibid_engine_draws(a->r->engine);
     ibid_step s = {.seq = a->asked.seq,
                    .tokens = &token,
                    .positions = &position,
                    .n = 1,
                    .n_logits = 1,
                    .logits = a->logits,
+                   .draw = draws ? &a->draw : NULL,
                    .probe = a->p->mass && a->p->n_blocks ? &probe : NULL};
-    return ibid_sched_decode(a->r->sched, &a->decoder, a->r->engine, &s, a->p->cancel);
+    if (draws) {
+        double u = a->p->temperature > 0 ? ibid_sampler_unit(a->sampler) : 0;
+        a->draw = (ibid_draw){.temperature = (float)a->p->temperature,
+                              .top_p = a->p->top_p > 0 ? (float)a->p->top_p : 1,
+                              .uniform = u < BELOW_ONE ? (float)u : BELOW_ONE};
+    }
+    ibid_err e = ibid_sched_decode(a->r->sched, &a->decoder, a->r->engine, &s, a->p->cancel);
+    a->drawn = !e && draws;
+    return e;
+}
+
+/* The first one from the question's logits, the others where they were computed. */
+static ibid_err next_token(run *a, int32_t *token) {
+    if (!a->drawn) return ibid_sampler_pick(a->sampler, a->logits, token);
+    *token = a->draw.token;
+    return IBID_OK;
 }
 
 static bool ends_sentence(char c) {
@@ -216,7 +237,7 @@ static ibid_err decode(run *a) {
     bool over = false;
     a->out->finish = "length";
     while (!over && a->out->completion_tokens < a->p->max_tokens) {
-        if ((e = ibid_sampler_pick(a->sampler, a->logits, &token))) return e;
+        if ((e = next_token(a, &token))) return e;
         if (!a->out->first_token_ns) a->out->first_token_ns = ibid_now_ns();
         if (ibid_tokenizer_is_end(t, token)) {
             a->out->finish = "stop";

@@ -30,6 +30,10 @@ static double next_unit(ibid_sampler *s) {
     return (double)((high << 32 | low) >> 11) * 0x1p-53;
 }
 
+double ibid_sampler_unit(ibid_sampler *s) {
+    return next_unit(s);
+}
+
 ibid_err ibid_sampler_open(size_t n_vocab, double temperature, double top_p, uint64_t seed,
                            ibid_sampler **out) {
     ibid_sampler *s = NULL;

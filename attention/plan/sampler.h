@@ -22,4 +22,6 @@ void ibid_sampler_close(ibid_sampler *s);
 /* logits [n_vocab]; one that is not a number counts as -infinity. Errors: INVAL (no logit above
  * -infinity). Allocates nothing. */
 ibid_err ibid_sampler_pick(ibid_sampler *s, const float *logits, int32_t *token);
+/* The next random number, in [0, 1), for a token drawn elsewhere (ibid_draw). */
+double ibid_sampler_unit(ibid_sampler *s);
 #endif

@@ -13,6 +13,9 @@ target_link_libraries(bench_stored PRIVATE ibid_attention ibid_flags)
 ibid_test(attention.service
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_service.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
   LIBS ibid_attention TIMEOUT 1800)
+ibid_test(attention.backend
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/test_backend.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
+  LIBS ibid_attention TIMEOUT 600)
 # One answer by force with what machines without AVX-512 choose; --answer takes any IBID_KERNELS.
 foreach(backend avx2 avxvnni)
   add_test(NAME attention.service_${backend} COMMAND test_attention_service --answer

@@ -3,6 +3,7 @@
 #include "tests/rpc/echo_room.h"
 
 #include <ftw.h>
+#include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -222,12 +223,72 @@ static void test_orphan(void **state) {
     (void)close(p[1]);
 }
 
+/* ---- A room that cannot go on ---- */
+
+static void *give_up(void *arg) {
+    (void)usleep(50000);
+    ibid_host_give_up(arg, IBID_BACKEND, "GPU lost: as a test says");
+    ibid_host_give_up(arg, IBID_BACKEND, "said before");
+    return NULL;
+}
+
+static pthread_t giving_up;
+
+static ibid_err doomed_open(const ibid_host_opts *o, void **room) {
+    *room = &giving_up;
+    return pthread_create(&giving_up, NULL, give_up, (void *)(uintptr_t)o) == 0
+               ? IBID_OK
+               : ibid_fail(IBID_NOMEM, "no thread");
+}
+
+static void doomed_close(void *room) {
+    (void)pthread_join(*(pthread_t *)room, NULL);
+}
+
+static const ibid_room_vtable doomed_vtable = {"doomed", doomed_open, doomed_close};
+
+/* It says why, once, and ends with a status of its own, which a supervisor answers by starting it
+ * again; beside other rooms in one process it only says so. */
+static void test_give_up(void **state) {
+    (void)state;
+    static ibid_host_opts o;
+    const ibid_room_vtable *rooms[] = {&doomed_vtable};
+    ibid_hosted *h = NULL;
+    char text[4096] = "";
+    int p[2], status = 0;
+    size_t n = 0;
+    assert_int_equal(pipe(p), 0);
+    pid_t pid = fork();
+    if (pid == 0) {
+        (void)dup2(p[1], STDERR_FILENO);
+        (void)close(p[0]);
+        (void)close(p[1]);
+        (void)execl("/proc/self/exe", "doomed", "--data", dir, (char *)NULL);
+        _exit(127);
+    }
+    (void)close(p[1]);
+    for (ssize_t got; n < sizeof text - 1 && (got = read(p[0], text + n, sizeof text - 1 - n)) > 0;)
+        n += (size_t)got;
+    (void)close(p[0]);
+    (void)waitpid(pid, &status, 0);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 3);
+    assert_non_null(strstr(text, "cannot go on: backend_error: GPU lost: as a test says"));
+    assert_null(strstr(text, "said before"));
+    (void)snprintf(o.data_dir, sizeof o.data_dir, "%s", dir);
+    assert_int_equal(ibid_host_inproc(rooms, 1, &o, &h), IBID_OK);
+    (void)usleep(100000);
+    ibid_hosted_close(h); /* nothing ended this process */
+}
+
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_parse),   cmocka_unit_test(test_data_dir),
         cmocka_unit_test(test_url),     cmocka_unit_test(test_inproc),
         cmocka_unit_test(test_process), cmocka_unit_test(test_orphan),
+        cmocka_unit_test(test_give_up),
     };
-    if (argc > 1) return ibid_host_main(argc, argv, &echo_vtable);
+    if (argc > 1)
+        return ibid_host_main(argc, argv,
+                              strcmp(argv[0], "doomed") == 0 ? &doomed_vtable : &echo_vtable);
     return cmocka_run_group_tests_name("host", tests, group_setup, group_teardown);
 }

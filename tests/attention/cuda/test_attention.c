@@ -266,10 +266,7 @@ static void add_page_mass(const visit *v, void *arg) {
 
 static void check_attention(world *w, double *worst) {
     size_t dim = w->m.head_dim, q_dim = w->m.n_heads * dim, first = 0;
-    /* Sharp attention shows what rounding does to scores: only fine tiles stand it. */
-    float sharp = 3;
-    for (size_t i = 0; i < w->n_seqs; i++)
-        if (!ibidi_cu_is_fine(&w->m, w->pieces[i].n)) sharp = 1;
+    float sharp = 3; /* shows what rounding does to scores */
     float *q = fx_normals(w->n_rows * q_dim, sharp * w->m.score_scale);
     double *want = calloc(w->n_rows * q_dim, sizeof *want), *mass[MAX_SEQS];
     double *lse = calloc(w->n_rows * w->m.n_heads, sizeof *lse);

@@ -291,6 +291,104 @@ static void test_stored(void) {
     }
 }
 
+/* ---- Decoding: recorded steps, tokens drawn on the device ---- */
+
+enum { DECODED = 24 };
+
+typedef struct decoded {
+    float logits[DECODED][VOCAB], mass[MAX_TOKENS];
+    int32_t drawn[DECODED];
+} decoded;
+
+/* Steps behind a question over stored blocks, of two sequences together from the middle on; every
+ * third token is drawn there, the others' logits come here. */
+static void decode(ibid_engine *e, const corpus *c, bool draws, decoded *out) {
+    ibid_asked a[2];
+    float *mass[N_BLOCKS + 1] = {NULL, out->mass};
+    ibid_question q = {.prefix = &c->first, .blocks = c->placed, .n_blocks = N_BLOCKS};
+    q.tokens = c->question;
+    q.n = QUESTION;
+    memset(out, 0, sizeof *out);
+    for (size_t i = 0; i < 2; i++) {
+        q.share = i ? 0.9 : 0; /* the second one's live rows cross a page's end */
+        MUST(ibid_question_run(e, &q, DECODED, NULL, &a[i], out->logits[0]));
+    }
+    for (size_t i = 0; i < DECODED; i++) {
+        ibid_step steps[2];
+        uint32_t at[2] = {a[0].position++, a[1].position};
+        int32_t token = token_at(900 + i);
+        ibid_probe probe = {.mass = mass, .n_rows = 1};
+        ibid_draw draw = {.temperature = i % 2 ? 0.8f : 0, .top_p = 0.9f, .uniform = 0.37f};
+        float other[VOCAB];
+        size_t n = i < DECODED / 2 ? 1 : 2;
+        for (size_t k = 0; k < n; k++)
+            steps[k] = (ibid_step){
+                .seq = a[k].seq, .tokens = &token, .positions = &at[k], .n = 1, .n_logits = 1};
+        steps[0].probe = &probe;
+        steps[0].logits = out->logits[i];
+        steps[1].logits = other;
+        if (draws && i % 3 == 2) steps[0].draw = &draw, steps[0].logits = NULL;
+        if (n == 2) a[1].position++;
+        MUST(ibid_engine_forward(e, steps, n, NULL));
+        out->drawn[i] = draw.token;
+    }
+    for (size_t i = 0; i < 2; i++) ibid_asked_close(&a[i]);
+}
+
+static void test_decoding(void) {
+    world w;
+    corpus c;
+    ibid_engine *plain = NULL;
+    ibid_engine_gpu look;
+    ibid_test_gguf spec = spec_of(0);
+    decoded *got = calloc(3, sizeof *got), *want = got + 1, *drawn = got + 2;
+    spec.n_layers = 1;
+    open_world(&w, &spec, IBID_KV_Q8_0, 8 << 20);
+    MUST(ibid_engine_open(w.m,
+                          &(ibid_engine_opts){.n_threads = 2,
+                                              .backend = IBID_BACKEND_CUDA,
+                                              .gpu_memory = 8 << 20,
+                                              .gpu_no_graphs = true},
+                          &plain));
+    make_corpus(&c, w.cpu, IBID_KV_Q8_0, 40);
+    decode(plain, &c, false, want);
+    decode(w.gpu, &c, false, got);
+    CHECK(memcmp(got, want, sizeof *got) == 0, "recorded steps differ");
+    CHECK(ibid_engine_gpu_look(w.gpu, &look) && look.graph_steps > DECODED / 2,
+          "only %llu steps were recorded ones", (unsigned long long)look.graph_steps);
+    printf("%llu of %d steps ran recorded\n", (unsigned long long)look.graph_steps, DECODED);
+    CHECK(look.hits > 0 && look.pool_used > 0, "the pool is not used");
+    CHECK(ibid_engine_gpu_look(plain, &look) && look.graph_steps == 0, "recorded all the same");
+    decode(w.gpu, &c, true, drawn);
+    for (size_t i = 0; i < DECODED; i++) {
+        if (i % 3 != 2) {
+            CHECK(memcmp(drawn->logits[i], want->logits[i], sizeof want->logits[i]) == 0,
+                  "beside drawn tokens logits differ");
+            continue;
+        }
+        double all = 0, above = 0, t = 0.8,
+               mine = exp((double)want->logits[i][drawn->drawn[i]] / t);
+        for (size_t v = 0; v < VOCAB; v++) {
+            double weight = exp((double)want->logits[i][v] / t);
+            all += weight;
+            if (weight > mine) above += weight;
+        }
+        if (i % 2)
+            CHECK(above < 0.9 * all, "token %d is outside of top-p", drawn->drawn[i]);
+        else
+            CHECK((size_t)drawn->drawn[i] == top(want->logits[i]), "greedy: %d", drawn->drawn[i]);
+    }
+    ibid_draw draw = {.top_p = 1};
+    ibid_step bad = {.n_logits = 1, .draw = &draw};
+    MUST(ibid_seq_open(w.cpu, 1, &bad.seq));
+    CHECK(ibid_engine_forward(w.cpu, &bad, 1, NULL) == IBID_INVAL, "the CPU draws");
+    ibid_seq_close(bad.seq);
+    ibid_engine_close(plain);
+    free_corpus(&c);
+    close_world(&w);
+    free(got);
+}
+
 /* ---- The pool, and failing ---- */
 
 static void test_pool(void) {
@@ -331,6 +429,11 @@ static void test_pool(void) {
 }
 
 #ifdef IBIDI_EMULATED
+static void count_lost(void *arg, const char *detail) {
+    CHECK(strstr(detail, "lost"), "%s", detail);
+    ++*(size_t *)arg;
+}
+
 /* Every call of the device that fails is reported, and the engine goes on; a lost device is seen.
  */
 static void test_faults(void) {
@@ -338,10 +441,19 @@ static void test_faults(void) {
     corpus c;
     ibid_test_gguf spec = spec_of(1);
     float want[VOCAB], got[VOCAB];
-    size_t failed = 0;
+    size_t failed = 0, told = 0;
     ibid_asked a;
     spec.n_layers = 1;
     open_world(&w, &spec, IBID_KV_F16, (size_t)16 * 1024 * 1024);
+    ibid_engine_close(w.gpu);
+    MUST(ibid_engine_open(w.m,
+                          &(ibid_engine_opts){.n_threads = 2,
+                                              .backend = IBID_BACKEND_CUDA,
+                                              .gpu_kv = IBID_KV_F16,
+                                              .gpu_memory = (size_t)16 * 1024 * 1024,
+                                              .lost = count_lost,
+                                              .lost_arg = &told},
+                          &w.gpu));
     make_corpus(&c, w.cpu, IBID_KV_F16, 0);
     ibid_question q = {.prefix = &c.first, .blocks = c.placed, .n_blocks = N_BLOCKS, .n = QUESTION};
     q.tokens = c.question;
@@ -365,6 +477,8 @@ static void test_faults(void) {
     ibidi_emulator_fail_at(12, true);
     CHECK(ibid_question_run(w.gpu, &q, 4, NULL, &a, got) == IBID_BACKEND, "a lost device answers");
     CHECK(ibid_engine_lost(w.gpu), "a lost device goes unseen");
+    CHECK(ibid_question_run(w.gpu, &q, 4, NULL, &a, got) == IBID_BACKEND, "it answers again");
+    CHECK(told == 1, "the room was told %zu times", told);
     ibidi_emulator_fail_at(0, false);
     free_corpus(&c);
     close_world(&w);
@@ -414,6 +528,7 @@ int main(int argc, char **argv) {
     printf("%s\n", ibid_device_library());
     test_plain();
     test_stored();
+    test_decoding();
     test_pool();
 #ifdef IBIDI_EMULATED
     test_faults();

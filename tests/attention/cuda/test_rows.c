@@ -311,6 +311,24 @@ static void test_sample(void) {
     }
 }
 
+/* What is not a number counts for nothing; all of that is no token. */
+static void test_sample_broken(void) {
+    enum { N = 4, V = 9 };
+    float l[N][V], t[N] = {0, 1, 1, 0}, p[N] = {1, 1, 0.5f, 1}, u[N] = {0};
+    uint32_t token[N], *dt = fx_up(NULL, sizeof token);
+    for (size_t i = 0; i < N * V; i++) l[i / V][i % V] = i / V == 3 || i / V == 1 ? NAN : -INFINITY;
+    l[0][5] = -3;
+    l[1][7] = 2;
+    l[2][4] = INFINITY;
+    float *dl = fx_up(l, sizeof l), *d_t = fx_up(t, sizeof t), *d_p = fx_up(p, sizeof p),
+          *d_u = fx_up(u, sizeof u);
+    MUST(ibidi_cu_sample(fx.s, dl, V, N, V, d_t, d_p, d_u, dt));
+    fx_down(token, dt, sizeof token);
+    CHECK(token[0] == 5 && token[1] == 7 && token[2] == 4 && token[3] == UINT32_MAX, "%u %u %u %u",
+          token[0], token[1], token[2], token[3]);
+    fx_free(dl), fx_free(d_t), fx_free(d_p), fx_free(d_u), fx_free(dt);
+}
+
 int main(int argc, char **argv) {
     fx_start(argc > 1 ? strtoull(argv[1], NULL, 10) : 6001);
     test_norm();
@@ -318,6 +336,7 @@ int main(int argc, char **argv) {
     test_product();
     test_embed();
     test_sample();
+    test_sample_broken();
     fx_stop();
     printf("all passed\n");
     return 0;
