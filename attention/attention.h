@@ -133,6 +133,11 @@ typedef struct ibid_answer_request {
     uint64_t seed;
     uint32_t max_quotes, quote_bytes; /* 0 = 3 and 300 */
     ibid_answer_mode mode;
+    /* Of what a token of the answer sees, the share that it attends to, chosen anew for each (layer,
+     * kv head): ibid_select in engine.h. 0: everything. recall: also measures what was missed, which
+     * costs more than it saves. */
+    double attention_share;
+    bool attention_recall;
 } ibid_answer_request;
 
 typedef struct ibid_citation {
@@ -158,6 +163,9 @@ typedef struct ibid_answer_event {
     double recompute; /* what auto chose */
     const char *mode; /* what was done: "extract" or "generate" */
     double evidence;  /* extract: the answer's share of what was likely, 0..1; generate: 0 */
+    /* Attended to, of what the answer's tokens but the first saw (1: everything), and the share of
+     * full attention that lay there (-1: not measured). */
+    double attention_share, attention_recall;
     double first_token_ms, total_ms;
 } ibid_answer_event;
 

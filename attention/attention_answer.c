@@ -41,6 +41,7 @@ typedef struct ibidi_answering {
     double recompute, temperature, top_p;
     uint64_t seed, max_tokens, max_quotes, quote_bytes;
     bool extracts; /* or generates */
+    ibid_select select; /* share 0: full attention */
     /* While it runs. */
     ibidi_loaded *m;
     ibid_reader reader;
@@ -420,6 +421,9 @@ static ibid_err push_done(answering *a, const ibid_answered *out, double share) 
     ibid_enc_f64(&e, "recompute", share);
     ibid_enc_cstr(&e, "mode", a->extracts ? "extract" : "generate");
     ibid_enc_f64(&e, "evidence", a->said ? a->said->share : 0);
+    const ibid_select *s = &a->select;
+    ibid_enc_f64(&e, "attention_share", s->seen ? (double)s->read / (double)s->seen : 1);
+    if (s->n_recall) ibid_enc_f64(&e, "attention_recall", s->recall / (double)s->n_recall);
     ibid_enc_f64(&e, "first_token_ms", (double)(out->first_token_ns - a->start_ns) / 1e6);
     ibid_enc_f64(&e, "total_ms", ibid_ms_since(a->start_ns));
     return push(a, &e, true);
@@ -590,6 +594,7 @@ static ibid_err run_plan(answering *a) {
                              .temperature = a->temperature,
                              .top_p = a->top_p,
                              .seed = a->seed,
+                             .select = a->select.share > 0 ? &a->select : NULL,
                              .heads = heads,
                              .mass = cal && cal->n_heads ? mass : NULL,
                              .tick = tick,
@@ -708,6 +713,10 @@ static ibid_err read_request(const ibid_val *body, answering *a) {
         return ibid_fail(IBID_INVAL, "mode %llu is none", (unsigned long long)mode);
     a->extracts =
         mode == IBID_ANSWER_EXTRACT || (mode == IBID_ANSWER_AUTO && ibid_question_wants_fact(q));
+    a->select.share = ibid_get_f64(body, "attention_share", 0);
+    a->select.measure = ibid_get_bool(body, "attention_recall", false);
+    if (!(a->select.share >= 0 && a->select.share <= 1))
+        return ibid_fail(IBID_INVAL, "attention_share is a share from 0 (full attention) to 1");
     a->max_quotes = ibid_get_u64(body, "max_quotes", 0);
     a->quote_bytes = ibid_get_u64(body, "quote_bytes", 0);
     if (a->max_tokens == 0) a->max_tokens = MAX_TOKENS;

@@ -296,6 +296,8 @@ static void put_question(ibid_enc *e, const ibid_answer_request *q) {
     ibid_enc_u64(e, "max_quotes", q->max_quotes);
     ibid_enc_u64(e, "quote_bytes", q->quote_bytes);
     ibid_enc_u64(e, "mode", (uint64_t)q->mode);
+    if (q->attention_share != 0) ibid_enc_f64(e, "attention_share", q->attention_share);
+    if (q->attention_recall) ibid_enc_bool(e, "attention_recall", true);
 }
 
 static ibid_str str_of(const ibid_val *m, const char *key) {
@@ -348,6 +350,8 @@ static void read_numbers(const ibid_val *v, ibid_answer_event *ev) {
     ibid_str mode = str_of(v, "mode");
     ev->mode = mode.n == 7 && memcmp(mode.s, "extract", 7) == 0 ? "extract" : "generate";
     ev->evidence = ibid_get_f64(v, "evidence", 0);
+    ev->attention_share = ibid_get_f64(v, "attention_share", 1);
+    ev->attention_recall = ibid_get_f64(v, "attention_recall", -1);
     ev->first_token_ms = ibid_get_f64(v, "first_token_ms", 0);
     ev->total_ms = ibid_get_f64(v, "total_ms", 0);
 }

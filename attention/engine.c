@@ -50,7 +50,7 @@ static size_t max_cols(const ibid_engine *e) {
 }
 
 static size_t matmul_bytes(const ibid_engine *e) {
-    size_t cols = max_size(max_cols(e), 2 * e->m->head_dim); /* summaries of pages are as long */
+    size_t cols = max_size(max_cols(e), 2 * e->m->head_dim + 32); /* or a page's summary */
     return max_size(e->k->matmul_scratch(cols, 1), e->k->matmul_scratch(cols, IBIDI_CHUNK));
 }
 
@@ -231,6 +231,9 @@ static ibid_err check_rows(const ibid_model *m, const ibid_step *s) {
 
 static ibid_err check_step(const ibid_engine *e, const ibid_step *s) {
     const ibid_probe *p = s->probe;
+    if (s->select && !(s->select->share > 0))
+        return ibid_fail(IBID_INVAL, "a share of %g of the context is nothing to attend to",
+                         s->select->share);
     if (!s->seq || s->seq->engine != e || s->seq->busy)
         return ibid_fail(IBID_INVAL, "a step's sequence is of another engine, or in two steps");
     if (s->draw && (!e->gpu || s->n_logits != 1))
@@ -541,6 +544,7 @@ static void next_chunk(ibid_engine *e, ibid_step *steps, size_t n_steps, size_t 
             *p = (ibidi_piece){.step = s, .seq = s->seq, .row0 = *row, .n = n, .at = e->n_rows};
             p->n_layers = s->n_layers ? s->n_layers : e->m->n_layers;
             p->end = s->seq->base + *row + n;
+            p->pick = s->seq->picks ? s->seq->pick : NULL;
             ibidi_plan_splits(e, p);
         }
         e->n_rows += n;
@@ -576,6 +580,9 @@ ibid_err ibid_engine_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,
     }
     for (size_t i = 0; i < n_steps; i++) {
         if ((err = ibidi_seq_reserve(steps[i].seq, steps[i].seq->n_live + steps[i].n))) goto done;
+    }
+    for (size_t i = 0; !e->gpu && i < n_steps; i++) {
+        if ((err = ibidi_pick_ready(e, &steps[i]))) goto done;
     }
     if (e->gpu) {
         if ((err = ibidi_gpu_forward(e, steps, n_steps, cancel))) goto done;

@@ -117,6 +117,21 @@ typedef struct ibid_draw {
     int32_t token; /* the result */
 } ibid_draw;
 
+/* Decoding that reads a part of its context's KV: each (layer, kv head) attends to the pages of 64
+ * tokens whose summaries promise its query most attention (kernels/select.h), besides the first
+ * page and the last live tokens, and takes the rest for nothing. For steps of one row; others read
+ * all. */
+typedef struct ibid_select {
+    double share;    /* of the tokens the row sees, 0 < share; from 1 on: all of them */
+    uint64_t least;  /* tokens read at least; 0: 256 */
+    bool measure;    /* reads everything too, to know the recall */
+    /* Added to by the forward, over layers and kv heads. */
+    uint64_t read, seen; /* tokens attended to; tokens that the row sees */
+    /* Of each query head's attention over everything, the share on what was read. */
+    double recall;
+    uint64_t n_recall; /* how many are summed in recall */
+} ibid_select;
+
 typedef struct ibid_step {
     ibid_seq *seq;
     const int32_t *tokens;     /* [n] */
@@ -128,6 +143,7 @@ typedef struct ibid_step {
      * is above -infinity. */
     ibid_draw *draw;
     const ibid_probe *probe; /* NULL: none */
+    ibid_select *select;     /* NULL: full attention */
     size_t n_layers; /* layers to run: 0 = all; fewer leaves logits impossible (n_logits must be 0) */
     /* NULL, or called before a layer is computed, on the caller's thread, perhaps more than once for
      * a layer: the segments' KV at that layer may be brought in and checked here. An error ends the

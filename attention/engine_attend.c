@@ -30,6 +30,7 @@ void ibidi_plan_splits(const ibid_engine *e, ibidi_piece *p) {
     size_t context = p->seq->n_stored + p->seq->base + p->step->n;
     p->n_splits = 1;
     p->split = context;
+    if (p->pick) return; /* little is left to split */
     if (n_tiles(e, p->step->n) * e->m->n_kv_heads >= IBIDI_FEW_TASKS) return;
     if (context < 2 * IBIDI_SPLIT) return;
     size_t split = (context + IBIDI_SPLITS_MAX - 1) / IBIDI_SPLITS_MAX;
@@ -172,6 +173,24 @@ static void attend_live(ibid_engine *e, const task *t, ibidi_thread *th, size_t 
     }
 }
 
+/* The pages a row has chosen, run by run, and the live tokens behind them. */
+static void attend_chosen(ibid_engine *e, const task *t, ibidi_thread *th, size_t layer,
+                          ibid_attn_args *a) {
+    const ibidi_pick *p = t->p->pick;
+    const uint64_t *chosen = ibidi_pick_choose(e, t->p, layer, t->head, th->q, th);
+    size_t lo, hi, live = t->p->seq->n_stored;
+    for (size_t i = 0; i < p->n; i++) {
+        if (!(chosen[i / 64] >> i % 64 & 1)) continue;
+        lo = p->units[i].start;
+        while (i + 1 < p->n && (chosen[(i + 1) / 64] >> (i + 1) % 64 & 1)) i++;
+        hi = p->units[i].start + p->units[i].n;
+        attend_segments(e, t, th, layer, lo, hi, a);
+        attend_live(e, t, th, layer, lo, hi, a);
+    }
+    live += (p->n - p->n_stored) * IBIDI_WORD;
+    attend_live(e, t, th, layer, live, SIZE_MAX, a);
+}
+
 /* A finished row of one head: its output to rows.h, its log-sum-exp for probes. */
 static void finish_row(ibid_engine *e, size_t row, size_t head, const ibid_attn_state *st,
                        const float *acc) {
@@ -179,6 +198,30 @@ static void finish_row(ibid_engine *e, size_t row, size_t head, const ibid_attn_
     float *out = e->rows.h + row * e->wide + head * dim, inverse = 1 / st->sum;
     for (size_t d = 0; d < dim; d++) out[d] = acc[d] * inverse;
     e->rows.lse[row * e->m->n_heads + head] = logf(st->sum) + st->max;
+}
+
+/* The task of a row that selects; measured, what full attention's log-sum-exp would be too. */
+static void attend_selected(ibid_engine *e, const task *t, ibidi_thread *th, size_t layer) {
+    size_t dim = e->m->head_dim;
+    ibid_attn_args a = {
+        .n_rows = e->group, .visible = th->visible, .state = th->state, .acc = th->acc};
+    const float *lse = e->rows.lse + t->row0 * e->m->n_heads + t->head * e->group;
+    for (int full = 0; full <= t->p->step->select->measure; full++) {
+        for (size_t g = 0; g < e->group; g++) th->state[g] = (ibid_attn_state){.max = -INFINITY};
+        memset(th->acc, 0, e->group * dim * sizeof *th->acc);
+        if (!full) {
+            attend_chosen(e, t, th, layer, &a);
+            for (size_t g = 0; g < e->group; g++)
+                finish_row(e, t->row0, t->head * e->group + g, &th->state[g], th->acc + g * dim);
+            continue;
+        }
+        attend_segments(e, t, th, layer, 0, SIZE_MAX, &a);
+        attend_live(e, t, th, layer, 0, SIZE_MAX, &a);
+        for (size_t g = 0; g < e->group; g++) {
+            double all = log((double)th->state[g].sum) + (double)th->state[g].max;
+            t->p->pick->picked[t->head].recall += fmin(exp((double)lse[g] - all), 1);
+        }
+    }
 }
 
 static void attend_part(void *arg, size_t part, size_t thread) {
@@ -194,6 +237,10 @@ static void attend_part(void *arg, size_t part, size_t thread) {
     for (size_t i = 0; i < n; i++) state[i] = (ibid_attn_state){.max = -INFINITY};
     memset(acc, 0, n * dim * sizeof *acc);
     gather(e, t.head, t.row0, t.n, th->q);
+    if (t.p->pick) {
+        attend_selected(e, &t, th, j->layer);
+        return;
+    }
     ibid_attn_args a = {.n_rows = n, .visible = th->visible, .state = state, .acc = acc};
     size_t lo = t.split * t.p->split, hi = lo + t.p->split;
     if (t.split + 1 == t.p->n_splits) hi = SIZE_MAX;
@@ -253,13 +300,15 @@ static size_t gather_chosen(const probe_job *j, size_t kv_head, size_t row0, siz
     return at / n;
 }
 
-/* Tokens [t0, t1) of a segment: rows and heads in ascending order, whoever runs it. */
+/* Tokens [t0, t1) of a segment: rows and heads in ascending order, whoever runs it. Of a row that
+ * selects, tokens of one page: what a kv head did not read, it gave nothing. */
 static void probe_range(const probe_job *j, size_t segment, size_t t0, size_t t1,
                         ibidi_thread *th) {
     const ibid_engine *e = j->e;
     const ibidi_seg *g = &j->p->seq->segs[segment];
     float *mass = j->p->step->probe->mass[segment] + t0;
     for (size_t h = 0; h < e->m->n_kv_heads; h++) {
+        if (j->p->pick && !ibidi_pick_has(j->p->pick, h, segment, t0)) continue;
         ibid_kv_view view = ibidi_slice(&g->s.layers[j->layer], h, t0, t1);
         for (size_t r = 0; r < j->n; r += e->tile_rows) {
             size_t row0 = j->row0 + r, n = j->n - r < e->tile_rows ? j->n - r : e->tile_rows;
@@ -274,17 +323,21 @@ static void probe_range(const probe_job *j, size_t segment, size_t t0, size_t t1
     }
 }
 
+static size_t range_tokens(const ibidi_piece *p) {
+    return p->pick ? IBIDI_WORD : PROBE_TOKENS;
+}
+
 static size_t n_ranges(const ibidi_piece *p, size_t segment) {
     if (!p->step->probe->mass[segment]) return 0;
-    return (p->seq->segs[segment].n_tokens + PROBE_TOKENS - 1) / PROBE_TOKENS;
+    return (p->seq->segs[segment].n_tokens + range_tokens(p) - 1) / range_tokens(p);
 }
 
 static void probe_part(void *arg, size_t part, size_t thread) {
     const probe_job *j = arg;
     size_t i = 0;
     for (; part >= n_ranges(j->p, i); i++) part -= n_ranges(j->p, i);
-    size_t t0 = part * PROBE_TOKENS, n = j->p->seq->segs[i].n_tokens;
-    probe_range(j, i, t0, n - t0 < PROBE_TOKENS ? n : t0 + PROBE_TOKENS, &j->e->threads[thread]);
+    size_t each = range_tokens(j->p), t0 = part * each, n = j->p->seq->segs[i].n_tokens;
+    probe_range(j, i, t0, n - t0 < each ? n : t0 + each, &j->e->threads[thread]);
 }
 
 static void probe_piece(ibid_engine *e, const ibidi_piece *p, size_t layer) {
@@ -303,10 +356,13 @@ void ibidi_attend(ibid_engine *e, size_t layer) {
     bool split = false;
     (void)ibidi_partials(e);
     j.n_tasks = plan_tasks(e);
+    for (size_t i = 0; i < e->n_pieces; i++)
+        if (e->pieces[i].pick) ibidi_pick_summarise(e, &e->pieces[i], layer);
     ibid_pool_run(e->pool, j.n_tasks, attend_part, &j);
     for (size_t i = 0; i < e->n_pieces; i++) split |= e->pieces[i].n_splits > 1;
     if (split) ibidi_each_row(e, e->n_rows, merge_row, layer);
     for (size_t i = 0; i < e->n_pieces; i++) {
+        if (e->pieces[i].pick) ibidi_pick_count(e, &e->pieces[i]);
         if (e->pieces[i].step->probe) probe_piece(e, &e->pieces[i], layer);
     }
 }

@@ -6,6 +6,7 @@
  * engine_linear.c   weights times activations, split into parts for the pool
  * engine_pack.c     weights in panels for integer arithmetic, and their file
  * engine_attend.c   attention of a chunk over segments and live rows; attention mass
+ * engine_select.c   which pages a decoding row reads
  * engine_seq.c      sequences: segments, pages of live KV, export */
 #ifndef IBID_ATTENTION_ENGINE_INTERNAL_H
 #define IBID_ATTENTION_ENGINE_INTERNAL_H
@@ -46,9 +47,11 @@ struct ibid_seq {
     size_t n_pages, page_room;
     uint32_t *positions; /* [n_live], ascending */
     size_t n_live, live_room;
-    size_t base; /* live rows before the running forward */
-    bool busy;   /* part of the running forward */
+    size_t base;               /* live rows before the running forward */
+    bool busy;                 /* part of the running forward */
     struct ibidi_gpu_seq *gpu; /* its pages there; pages is empty then (attention/cuda/gpu.h) */
+    struct ibidi_pick *pick;   /* NULL until a step selects */
+    bool picks;                /* the running forward's step does */
 };
 
 /* The rows of one step that are in the chunk: rows [row0, row0 + n) of the step lie at [at, at + n)
@@ -57,11 +60,12 @@ typedef struct ibidi_piece {
     ibid_step *step;
     ibid_seq *seq;
     size_t row0, n, at, n_layers;
-    size_t end;      /* live rows of the sequence once this chunk is stored */
-    size_t n_splits; /* of the context; 1: none */
-    size_t split;    /* tokens in a split */
-    size_t task0;    /* its first attention task in the chunk */
-    size_t partial0; /* its first row state among the chunk's partial ones */
+    size_t end;              /* live rows of the sequence once this chunk is stored */
+    size_t n_splits;         /* of the context; 1: none */
+    size_t split;            /* tokens in a split */
+    size_t task0;            /* its first attention task in the chunk */
+    size_t partial0;         /* its first row state among the chunk's partial ones */
+    struct ibidi_pick *pick; /* NULL: it reads everything */
 } ibidi_piece;
 
 typedef struct ibidi_thread {
@@ -88,7 +92,7 @@ typedef struct ibidi_rows {
 struct ibid_engine {
     const ibid_model *m;
     const ibid_kernels *k;
-    struct ibidi_gpu *gpu; /* NULL: the CPU computes */
+    struct ibidi_gpu *gpu;                       /* NULL: the CPU computes */
     void (*lost)(void *arg, const char *detail); /* NULL once called */
     void *lost_arg;
     ibid_pool *pool;
@@ -158,4 +162,45 @@ void ibidi_plan_splits(const ibid_engine *e, ibidi_piece *p);
 size_t ibidi_partials(ibid_engine *e);
 /* Attention of all rows of the chunk: rows.q -> rows.h, then probes. */
 void ibidi_attend(ibid_engine *e, size_t layer);
+
+/* engine_select.c */
+/* A page: tokens [start, start + n) of the context's index space (engine_attend.c). */
+typedef struct ibidi_unit {
+    size_t segment, t0; /* where it begins; segment n_segs: live rows */
+    size_t start, n;
+    uint64_t seen; /* bits of its tokens that are not masked */
+} ibidi_unit;
+/* A sequence's pages and what is known of them, and what its row has chosen at this layer. */
+typedef struct ibidi_pick {
+    ibidi_unit *units; /* [n] of the segments, then of live rows but the last ones */
+    uint32_t *tokens;  /* [n] seen in each */
+    size_t n, n_stored, room, n_segs;
+    size_t seen;         /* by the row */
+    uint16_t *summaries; /* [n_layers, n_kv_heads, room, width] */
+    size_t *done;        /* [n_layers] units whose summaries are there */
+    /* Of one row, [n_kv_heads] each. */
+    float *query, *scores, *weight; /* [group, width], [group, room], [room] */
+    uint32_t *heap;                 /* [room] */
+    uint64_t *chosen;               /* [room / 64] */
+    struct ibidi_picked {
+        uint64_t read;
+        double recall;
+    } * picked;
+    void *block; /* of all arrays */
+} ibidi_pick;
+/* Before a step: sets the sequence's picks, base being set, and lists its pages if the step
+ * selects. Errors: NOMEM. */
+ibid_err ibidi_pick_ready(ibid_engine *e, const ibid_step *s);
+void ibidi_pick_close(ibidi_pick *p);
+/* Live rows from count on are gone. */
+void ibidi_pick_truncate(ibid_seq *s);
+/* Makes the summaries of a layer that are missing. */
+void ibidi_pick_summarise(ibid_engine *e, const ibidi_piece *p, size_t layer);
+/* Chooses for a kv head: q [group, head_dim]. The bitmap over units. */
+const uint64_t *ibidi_pick_choose(const ibid_engine *e, const ibidi_piece *p, size_t layer,
+                                  size_t head, const float *q, ibidi_thread *th);
+/* Whether a kv head has chosen the page that token t0 of a segment begins. */
+bool ibidi_pick_has(const ibidi_pick *p, size_t head, size_t segment, size_t t0);
+/* Adds up what the kv heads have done at a layer. */
+void ibidi_pick_count(const ibid_engine *e, const ibidi_piece *p);
 #endif

@@ -58,6 +58,7 @@ done:
 void ibid_seq_close(ibid_seq *s) {
     if (!s) return;
     if (s->gpu) ibidi_gpu_seq_close(s->engine->gpu, s->gpu);
+    ibidi_pick_close(s->pick);
     for (size_t i = 0; i < s->n_pages; i++) ibid_free(s->pages[i]);
     for (size_t i = 0; i < s->n_segs; i++) ibid_free(s->segs[i].cos);
     ibid_free(s->pages);
@@ -118,7 +119,9 @@ size_t ibid_seq_live_count(const ibid_seq *s) {
 }
 
 void ibid_seq_truncate(ibid_seq *s, size_t count) {
-    if (count < s->n_live) s->n_live = count;
+    if (count >= s->n_live) return;
+    s->n_live = count;
+    ibidi_pick_truncate(s);
 }
 
 static ibid_err check_rows(const ibid_seq *s, size_t layer, size_t row0, size_t n) {

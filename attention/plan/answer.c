@@ -155,7 +155,8 @@ static ibid_err step(run *a, int32_t token) {
                    .n_logits = 1,
                    .logits = a->logits,
                    .draw = draws ? &a->draw : NULL,
-                   .probe = a->p->mass && a->p->n_blocks ? &probe : NULL};
+                   .probe = a->p->mass && a->p->n_blocks ? &probe : NULL,
+                   .select = a->p->select};
     if (draws) {
         double u = a->p->temperature > 0 ? ibid_sampler_unit(a->sampler) : 0;
         a->draw = (ibid_draw){.temperature = (float)a->p->temperature,

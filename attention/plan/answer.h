@@ -15,6 +15,7 @@ typedef struct ibid_answer_plan {
     size_t max_tokens;
     double temperature, top_p;
     uint64_t seed;
+    ibid_select *select; /* of the answer's tokens but the first; NULL: full attention */
     /* Attention of the answer's tokens over the blocks' stored rows, summed: mass[b][t] +=. NULL:
      * not wanted. heads: bitmap over layer * n_heads + head. */
     const uint64_t *heads;

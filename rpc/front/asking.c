@@ -38,6 +38,32 @@ ibid_err ibidi_read_mode(const char *text, ibid_answer_mode *out) {
     return ibid_fail(IBID_INVAL, "mode: \"%s\" is none of extract, generate and auto", text);
 }
 
+/* A fifth of the context holds about nine tenths of the default model's attention
+ * (docs/performance.md). */
+#define ATTENTION_SHARE 0.2
+
+ibid_err ibidi_read_attention(const char *text, double *share, bool *recall) {
+    static const char select[] = "select", measured[] = ",recall";
+    const char *at = text + sizeof select - 1;
+    *share = 0;
+    *recall = false;
+    if (strcmp(text, "full") == 0) return IBID_OK;
+    if (strncmp(text, select, sizeof select - 1) == 0) {
+        char *end = NULL;
+        *share = ATTENTION_SHARE;
+        if (*at == '=') {
+            *share = strtod(at + 1, &end);
+            at = end == at + 1 ? text : end;
+        }
+        *recall = strcmp(at, measured) == 0;
+        if ((*recall || *at == '\0') && *share > 0 && *share <= 1) return IBID_OK;
+    }
+    return ibid_fail(IBID_INVAL,
+                     "attention: \"%s\" is neither full nor select[=SHARE][,recall] with a share "
+                     "above 0, at most 1",
+                     text);
+}
+
 static bool on_event(void *arg, const ibid_answer_event *ev) {
     struct attempt *t = arg;
     bool on = t->calls->on_event(t->calls->arg, &t->asked, ev);
@@ -61,7 +87,9 @@ static ibid_err answer(ibid_service *s, const ibidi_ask_options *o, ibid_str que
                              .temperature = o->temperature,
                              .top_p = o->top_p,
                              .seed = o->seed,
-                             .mode = o->mode};
+                             .mode = o->mode,
+                             .attention_share = o->attention_share,
+                             .attention_recall = o->attention_recall};
     return ibid_attn_answer(s->attention, &q, on_event, t);
 }
 

@@ -18,6 +18,8 @@ typedef struct ibidi_ask_options {
     bool always;      /* answer although nothing relevant was found */
     double recompute; /* 0..1; negative = auto */
     ibid_answer_mode mode;
+    double attention_share; /* 0: full attention */
+    bool attention_recall;
     uint32_t max_tokens;
     double temperature, top_p;
     uint64_t seed;
@@ -44,6 +46,8 @@ typedef struct ibidi_ask_calls {
 ibid_err ibidi_read_recompute(const char *text, double *out);
 /* "extract", "generate" or "auto". Errors: INVAL. */
 ibid_err ibidi_read_mode(const char *text, ibid_answer_mode *out);
+/* "full", or "select[=SHARE][,recall]" with a share above 0, at most 1. Errors: INVAL. */
+ibid_err ibidi_read_attention(const char *text, double *share, bool *recall);
 /* Exactly one of DONE and on_nothing arrives, unless an error is returned. A room that went away,
  * or a block that was replaced between search and answer, is worth another attempt while nothing
  * was shown. Errors: those of search and answer; CANCELLED. */

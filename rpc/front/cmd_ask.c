@@ -82,6 +82,10 @@ static json_t *answer_json(const struct ask *a, const ibid_answer_event *ev) {
                   "completion_tokens", (json_int_t)ev->completion_tokens, "kv_bytes_read",
                   (json_int_t)ev->kv_bytes_read, "kv_bytes_from_disk",
                   (json_int_t)ev->kv_bytes_from_disk));
+    json_t *usage = json_object_get(j, "usage");
+    if (found) (void)json_object_set_new(usage, "attention_share", json_real(ev->attention_share));
+    if (found && ev->attention_recall >= 0)
+        (void)json_object_set_new(usage, "attention_recall", json_real(ev->attention_recall));
     (void)json_object_set_new(j, "plan",
                               json_pack("{s:I,s:f}", "blocks", (json_int_t)a->asked->found->n,
                                         "recompute", ev->recompute));
@@ -134,6 +138,13 @@ static void print_answer(const struct ask *a, const ibid_answer_event *ev) {
            ibid_ms_since(a->asked->start_ns) / 1000, (unsigned long long)ev->reused_tokens,
            (unsigned long long)ev->prompt_tokens, (unsigned long long)ev->recomputed_tokens,
            (unsigned long long)ev->encoded_tokens, why_encoded(ev), ibidi_plain());
+    if (ev->attention_share < 1) {
+        printf("%seach token of the answer read %.0f %% of its context", ibidi_dim(),
+               100 * ev->attention_share);
+        if (ev->attention_recall >= 0)
+            printf(", where %.1f %% of its attention lay", 100 * ev->attention_recall);
+        printf("%s\n", ibidi_plain());
+    }
 }
 
 static bool on_event(void *arg, ibidi_asked *asked, const ibid_answer_event *ev) {
@@ -204,6 +215,9 @@ int ibidi_cmd_ask(ibid_cli *cli) {
                                     .seed = cli->o.seed};
     ibid_err e = ibidi_read_recompute(cli->o.recompute, &a.options.recompute);
     if (!e) e = ibidi_read_mode(cli->o.mode, &a.options.mode);
+    if (!e)
+        e = ibidi_read_attention(cli->o.attention, &a.options.attention_share,
+                                 &a.options.attention_recall);
     if (!e && cli->o.max_tokens > UINT32_MAX)
         e = ibid_fail(IBID_INVAL, "--max-tokens is too large");
     if (!e) e = ibidi_service_open(&cli->o, true, &s);

@@ -34,6 +34,7 @@ typedef struct ibid_opts {
     const char *recompute; /* a number in [0,1], or "auto" */
     const char *document;  /* its id, or NULL: all */
     const char *mode;      /* "extract", "generate" or "auto" */
+    const char *attention; /* "full", or "select[=SHARE][,recall]" */
     const char *filters[IBID_OPT_LIST_MAX];
     size_t n_filters;
     bool chunks, stream, always, exact_only, fast, explain, keys_only, lexical_only;

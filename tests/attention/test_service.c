@@ -15,6 +15,7 @@
 #include "tests/support/gguf_write.h"
 #include "tests/support/test_model.h"
 
+#include <math.h>
 #include <pthread.h>
 
 #define assert_ok(call)                                                                            \
@@ -177,7 +178,10 @@ static bool on_event(void *arg, const ibid_answer_event *ev) {
     return true;
 }
 
-static ibid_answer_mode mode; /* of what is asked from now on */
+/* Of what is asked from now on. */
+static ibid_answer_mode mode;
+static double attention_share;
+static bool attention_recall;
 
 static ibid_err ask(fixture *f, const char *question, const doc *d, size_t n, uint32_t max_tokens,
                     double recompute, result *r) {
@@ -190,7 +194,9 @@ static ibid_err ask(fixture *f, const char *question, const doc *d, size_t n, ui
                              .n_blocks = n,
                              .recompute = recompute,
                              .max_tokens = max_tokens,
-                             .mode = mode};
+                             .mode = mode,
+                             .attention_share = attention_share,
+                             .attention_recall = attention_recall};
     size_t stop_after = r->stop_after;
     memset(r, 0, sizeof *r);
     r->stop_after = stop_after;
@@ -353,6 +359,44 @@ static void answer(void **state) {
     assert_ok(ask(f, "Who built the mill?", &d, 3, 24, -1, &again));
     assert_string_equal(again.text, r.text);
     assert_int_equal(again.done.encoded_tokens, 0);
+}
+
+/* The answer's tokens read a share of the context, and say which; a share of all is full attention.
+ */
+static void selecting(void **state) {
+    static const double wrong[] = {-0.1, 1.5, NAN, INFINITY};
+    fixture *f = *state;
+    static char text[6][256];
+    static result full, r;
+    const char *long_texts[6];
+    ibid_encode_result enc;
+    for (size_t i = 0; i < 6; i++) {
+        for (size_t k = 0; k < 230; k++) text[i][k] = (char)('a' + (i * 31 + k * k) % 26);
+        long_texts[i] = text[i];
+    }
+    doc d = put_document(f, "long", "Title\n", long_texts, 6, &enc);
+    assert_true(enc.encoded_tokens > 1000);
+    assert_ok(ask(f, "Who built the mill?", &d, 6, 24, 0, &full));
+    assert_true(full.done.attention_share == 1 && full.done.attention_recall < 0);
+    assert_true(full.done.completion_tokens > 1);
+    attention_share = 0.3;
+    attention_recall = true;
+    for (int i = 0; i < 2; i++) {
+        assert_ok(ask(f, "Who built the mill?", &d, 6, 24, 0.3 * i, &r));
+        assert_string_equal(r.streamed, r.text);
+        assert_true(r.done.attention_share >= 0.3 && r.done.attention_share < 0.4);
+        assert_true(r.done.attention_recall > 0.2 && r.done.attention_recall < 1);
+    }
+    attention_share = 1;
+    assert_ok(ask(f, "Who built the mill?", &d, 6, 24, 0, &r));
+    assert_string_equal(r.text, full.text);
+    assert_true(r.done.attention_share == 1 && r.done.attention_recall < 0);
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        attention_share = wrong[i];
+        assert_int_equal(ask(f, "Who?", &d, 6, 8, 0, &r), IBID_INVAL);
+    }
+    attention_share = 0;
+    attention_recall = false;
 }
 
 /* Words of the blocks, as they stand there, quoted with their sentence. */
@@ -753,6 +797,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test_setup_teardown(question_keys, set_up, tear_down),
         cmocka_unit_test_setup_teardown(no_retrieval_head, set_up, tear_down),
         cmocka_unit_test_setup_teardown(answer, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(selecting, set_up, tear_down),
         cmocka_unit_test_setup_teardown(extract, set_up, tear_down),
         cmocka_unit_test_setup_teardown(context, set_up, tear_down),
         cmocka_unit_test_setup_teardown(gone, set_up, tear_down),

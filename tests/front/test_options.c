@@ -1,3 +1,4 @@
+#include "rpc/front/asking.h"
 #include "rpc/front/options.h"
 
 #include <setjmp.h>
@@ -115,6 +116,31 @@ static void test_units_and_flags(void **state) {
     ibidi_cli_fini(&cli);
 }
 
+/* --attention in words. */
+static void test_attention(void **state) {
+    static const struct {
+        const char *text;
+        double share;
+        bool recall;
+    } good[] = {{"full", 0, false},
+                {"select", 0.2, false},
+                {"select,recall", 0.2, true},
+                {"select=0.05", 0.05, false},
+                {"select=1,recall", 1, true}};
+    static const char *const bad[] = {"",          "Full",        "select=",         "select=0",
+                                      "select=-1", "select=1.01", "select=nan",      "select=0.1x",
+                                      "selected",  "select=,recall", "select,recall=1", "full,recall"};
+    double share;
+    bool recall;
+    (void)state;
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+        assert_int_equal(ibidi_read_attention(good[i].text, &share, &recall), IBID_OK);
+        assert_true(share == good[i].share && recall == good[i].recall);
+    }
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        assert_int_equal(ibidi_read_attention(bad[i], &share, &recall), IBID_INVAL);
+}
+
 int main(void) {
     int fd = mkstemp(ini_path);
     if (fd < 0) return 1;
@@ -123,6 +149,7 @@ int main(void) {
         cmocka_unit_test(test_later_wins),
         cmocka_unit_test(test_refused),
         cmocka_unit_test(test_units_and_flags),
+        cmocka_unit_test(test_attention),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     (void)unlink(ini_path);

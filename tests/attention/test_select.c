@@ -1,0 +1,393 @@
+/* Decoding over chosen pages: the summaries' bounds and what is chosen against plain loops; a row
+ * that chooses against one whose masks hide what it left out, and against full attention where it
+ * may choose everything; and what must not matter. Random: seeds below. */
+#include "attention/engine_internal.h"
+#include "attention/kernels/select.h"
+#include "tests/support/engine_fixture.h"
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+/* clang-format off */
+#include <cmocka.h>
+/* clang-format on */
+
+enum { VOCAB_ROOM = 512, SEED = 20240610 };
+
+static void must(ibid_err e) {
+    if (e) fail_msg("%s: %s", ibid_err_text(e), ibid_err_detail());
+}
+
+static float random_value(uint64_t *s) {
+    float sum = 0; /* about normal */
+    for (int i = 0; i < 4; i++) sum += (float)(fx_random(s) >> 40) / (float)(1 << 24) - 0.5f;
+    return 2 * sum;
+}
+
+/* ---- Pages ---- */
+
+static const ibid_page_shape shapes[] = {{64, 64, IBID_PAIR_NEXT},   {128, 128, IBID_PAIR_HALF},
+                                         {96, 32, IBID_PAIR_NEXT},   {80, 20, IBID_PAIR_HALF},
+                                         {256, 256, IBID_PAIR_HALF}, {8, 4, IBID_PAIR_NEXT}};
+enum { SHAPES = sizeof shapes / sizeof *shapes };
+
+static double product(const uint16_t *summary, const float *query, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += (double)ibid_f16_to_f32(summary[i]) * (double)query[i];
+    return sum;
+}
+
+/* No key of a page scores outside q . mean +- R, also once all is turned. */
+static void test_bounds(void **state) {
+    const ibid_kernels *k = NULL;
+    uint64_t seed = SEED;
+    double tightest = INFINITY;
+    (void)state;
+    must(ibid_kernels_get("reference", &k));
+    for (size_t round = 0; round < 40 * SHAPES; round++) {
+        const ibid_page_shape *s = &shapes[round % SHAPES];
+        size_t dim = s->head_dim, n = 1 + fx_random(&seed) % 64, width = ibid_page_width(s);
+        uint64_t seen = round % 3 ? ~UINT64_C(0) : fx_random(&seed) | 1;
+        float keys[64 * 256], q[256], up[512], down[512], cos[128], sin[128];
+        uint16_t summary[512];
+        float spread = 0.01f + 3 * fabsf(random_value(&seed));
+        for (size_t i = 0; i < dim; i++) {
+            float mean = 4 * random_value(&seed);
+            for (size_t t = 0; t < n; t++) keys[t * dim + i] = mean + spread * random_value(&seed);
+            q[i] = random_value(&seed);
+        }
+        for (size_t i = 0; i < s->n_rot / 2; i++) {
+            cos[i] = cosf((float)(i + round));
+            sin[i] = sinf((float)(i + round));
+        }
+        bool turned = round % 2;
+        ibid_page_summary(s, keys, n, seen, turned ? cos : NULL, sin, summary);
+        if (turned) k->rope(s->pairing, keys, n, dim, s->n_rot, cos, sin);
+        ibid_page_query(s, q, 1, up);
+        ibid_page_query(s, q, -1, down);
+        double most = product(summary, up, width), least = product(summary, down, width);
+        for (size_t t = 0; t < n; t++) {
+            if (!(seen >> t & 1)) continue;
+            double score = 0, size = 0;
+            for (size_t i = 0; i < dim; i++) {
+                score += (double)q[i] * (double)keys[t * dim + i];
+                size += fabs((double)q[i] * (double)keys[t * dim + i]);
+            }
+            assert_true(score <= most + 1e-5 * size && score >= least - 1e-5 * size);
+            if (n == 1) tightest = fmin(tightest, (most - least) / size);
+        }
+    }
+    /* A page of one key is known to the rounding of f16. */
+    assert_true(tightest < 0.01);
+}
+
+static void test_choose(void **state) {
+    enum { N = 300 };
+    uint64_t seed = SEED + 1;
+    (void)state;
+    for (size_t round = 0; round < 200; round++) {
+        float weight[N], scores[N], want[N];
+        uint32_t tokens[N], heap[N];
+        uint64_t chosen[N / 64 + 1] = {1}, before[N / 64 + 1];
+        size_t n = 1 + fx_random(&seed) % N, budget = fx_random(&seed) % (64 * n), total = 0;
+        double sum = 0;
+        for (size_t i = 0; i < n; i++) {
+            scores[i] = 3 * random_value(&seed);
+            if (i % 7 == 3) scores[i] = scores[i / 2]; /* equals */
+            tokens[i] = (uint32_t)(fx_random(&seed) % 65);
+            weight[i] = 0;
+            if (tokens[i]) sum += exp((double)scores[i]);
+            want[i] = tokens[i] ? scores[i] : -INFINITY;
+        }
+        ibid_page_weigh(scores, tokens, n, weight);
+        for (size_t i = 0; i < n; i++) {
+            double share = tokens[i] ? exp((double)want[i]) / sum : 0;
+            assert_true(fabs((double)weight[i] - share) <= 1e-5 * share + 1e-12);
+        }
+        memcpy(before, chosen, sizeof chosen);
+        size_t got = ibid_page_choose(weight, tokens, n, budget, heap, chosen);
+        for (size_t i = 0; i < n; i++)
+            if (chosen[i / 64] >> i % 64 & 1) total += tokens[i];
+        assert_int_equal(got, total);
+        /* The same by looking for the best again and again. */
+        size_t have = tokens[0];
+        while (have < budget) {
+            size_t best = n;
+            for (size_t i = 0; i < n; i++) {
+                if (!tokens[i] || (before[i / 64] >> i % 64 & 1)) continue;
+                if (best == n || weight[i] > weight[best]) best = i;
+            }
+            if (best == n) break;
+            before[best / 64] |= UINT64_C(1) << best % 64;
+            have += tokens[best];
+        }
+        assert_memory_equal(before, chosen, sizeof chosen);
+    }
+}
+
+/* ---- Rows ---- */
+
+enum { PREFIX = 30, BLOCK = 200, BLOCKS = 9, LIVE = 300, STEPS = 4 };
+
+typedef struct world {
+    fx_model f;
+    fx_kv kv[1 + BLOCKS];
+    uint64_t masks[1 + BLOCKS][4];
+    int32_t tokens[4096];
+} world;
+
+static size_t length_of(size_t i) {
+    return i ? BLOCK - (i % 3) * 8 : PREFIX;
+}
+
+static void open_world(world *w, ibid_test_gguf spec, const char *kernels, size_t threads,
+                       ibid_kv_type type) {
+    memset(w, 0, sizeof *w);
+    spec.n_ctx = 8192;
+    fx_open(&w->f, &spec, kernels, threads);
+    fx_tokens(w->f.m, SEED, w->tokens, 4096);
+    w->kv[0] = fx_encode(w->f.e, NULL, 0, w->tokens, PREFIX, type);
+    ibid_segment prefix = {.layers = w->kv[0].layers};
+    for (size_t i = 1; i <= BLOCKS; i++)
+        w->kv[i] = fx_encode(w->f.e, &prefix, PREFIX, w->tokens + i * BLOCK, length_of(i), type);
+}
+
+static void close_world(world *w) {
+    for (size_t i = 0; i <= BLOCKS; i++) fx_kv_free(&w->kv[i]);
+    fx_close(&w->f);
+}
+
+/* A sequence over all blocks with LIVE rows behind. Returns the position of the next row. */
+static uint32_t start(world *w, ibid_seq **s) {
+    uint64_t offset = 0;
+    must(ibid_seq_open(w->f.e, 0, s));
+    for (size_t i = 0; i <= BLOCKS; i++) {
+        ibid_segment g = {.layers = w->kv[i].layers,
+                          .local0 = i ? PREFIX : 0,
+                          .offset = i ? offset : 0,
+                          .masked = i % 2 ? w->masks[i] : NULL};
+        must(ibid_seq_add_segment(*s, &g));
+        if (i) offset += length_of(i);
+    }
+    uint32_t at = (uint32_t)(PREFIX + offset);
+    fx_forward(w->f.e, *s, at, w->tokens + 2500, LIVE, 0, NULL);
+    return at + LIVE;
+}
+
+static void decode(world *w, ibid_seq *s, uint32_t at, size_t i, ibid_select *x, float *logits) {
+    ibid_step step = {.seq = s,
+                      .tokens = w->tokens + 3000 + i,
+                      .positions = &at,
+                      .n = 1,
+                      .n_logits = 1,
+                      .logits = logits,
+                      .select = x};
+    must(ibid_engine_forward(w->f.e, &step, 1, NULL));
+}
+
+/* All pages may be chosen: full attention, but for the order in which it is summed. */
+static void test_everything(void **state) {
+    (void)state;
+    for (size_t i = 0; i < FX_SHAPES; i++) {
+        world w;
+        ibid_seq *a = NULL, *b = NULL;
+        float want[VOCAB_ROOM], got[VOCAB_ROOM];
+        open_world(&w, fx_shapes[i], NULL, 2, IBID_KV_F32);
+        for (size_t k = 0; k < 40; k++) w.masks[3][k / 20] |= UINT64_C(1) << (k % 20 * 3);
+        uint32_t at = start(&w, &a);
+        (void)start(&w, &b);
+        for (uint32_t k = 0; k < STEPS; k++) {
+            ibid_select x = {.share = 0.5, .least = UINT32_MAX, .measure = true};
+            decode(&w, a, at + k, k, NULL, want);
+            decode(&w, b, at + k, k, &x, got);
+            assert_true(fx_max_diff(want, got, w.f.m->n_vocab) < 1e-4);
+            assert_int_equal(x.read, x.seen);
+            assert_int_equal(x.n_recall, w.f.m->n_layers * w.f.m->n_heads);
+            assert_true(fabs(x.recall / (double)x.n_recall - 1) < 1e-5);
+        }
+        ibid_seq_close(a);
+        ibid_seq_close(b);
+        close_world(&w);
+    }
+}
+
+/* With one layer and one kv head, masks can say what was left out: then full attention gives the
+ * same, and what it gave up is what was measured. */
+static void test_masks(void **state) {
+    (void)state;
+    for (int type = IBID_KV_F32; type <= IBID_KV_Q8_0; type++) {
+        world w;
+        ibid_seq *a = NULL, *b = NULL;
+        float want[VOCAB_ROOM], got[VOCAB_ROOM];
+        ibid_test_gguf spec = fx_shapes[2];
+        spec.n_layers = 1;
+        open_world(&w, spec, NULL, 1, (ibid_kv_type)type);
+        uint32_t at = start(&w, &a);
+        ibid_select x = {.share = 0.3, .measure = true};
+        decode(&w, a, at, 0, &x, got);
+        const ibidi_pick *p = a->pick;
+        size_t left_out = 0, live_out = 0;
+        for (size_t i = 0; i < p->n; i++) {
+            if (p->chosen[i / 64] >> i % 64 & 1) continue;
+            const ibidi_unit *u = &p->units[i];
+            if (u->segment > BLOCKS) live_out++;
+            if (u->segment <= BLOCKS) w.masks[u->segment][u->t0 / 64] = ~UINT64_C(0);
+            left_out += u->n;
+        }
+        assert_int_equal(x.read + left_out, x.seen);
+        assert_true((double)x.read >= 0.3 * (double)x.seen &&
+                    (double)x.read < 0.3 * (double)x.seen + 64);
+        assert_true(x.recall > 0 && x.recall < (double)x.n_recall);
+        /* Again over the same KV, every block with its mask; live pages as a block of their own. */
+        uint64_t offset = 0, live_mask[(LIVE + 63) / 64] = {0};
+        fx_kv live = fx_export(w.f.m, a, 0, LIVE, 0, IBID_KV_F32);
+        for (size_t i = p->n_stored; i < p->n; i++)
+            if (!(p->chosen[i / 64] >> i % 64 & 1)) live_mask[p->units[i].t0 / 64] = ~UINT64_C(0);
+        must(ibid_seq_open(w.f.e, 0, &b));
+        for (size_t i = 0; i <= BLOCKS; i++) {
+            ibid_segment g = {.layers = w.kv[i].layers,
+                              .local0 = i ? PREFIX : 0,
+                              .offset = i ? offset : 0,
+                              .masked = w.masks[i]};
+            must(ibid_seq_add_segment(b, &g));
+            if (i) offset += length_of(i);
+        }
+        ibid_segment g = {.layers = live.layers, .local0 = at - LIVE, .masked = live_mask};
+        must(ibid_seq_add_segment(b, &g));
+        decode(&w, b, at, 0, NULL, want);
+        printf("masks: kv type %d, %zu of %zu tokens left out, %zu live pages of them, recall "
+               "%.3f, max |logit diff| %.2g\n",
+               type, left_out, (size_t)x.seen, live_out, x.recall / (double)x.n_recall,
+               fx_max_diff(want, got, w.f.m->n_vocab));
+        assert_true(fx_max_diff(want, got, w.f.m->n_vocab) < 1e-4);
+        ibid_seq_close(a);
+        ibid_seq_close(b);
+        fx_kv_free(&live);
+        close_world(&w);
+    }
+}
+
+/* More read, more recalled; and a choice by summaries is worth more than one of the last pages. */
+static void test_share(void **state) {
+    static const double shares[] = {0.15, 0.3, 0.6};
+    world w;
+    ibid_seq *s = NULL;
+    float logits[VOCAB_ROOM];
+    double before = 0;
+    (void)state;
+    open_world(&w, fx_shapes[2], NULL, 2, IBID_KV_F16);
+    uint32_t at = start(&w, &s);
+    for (size_t i = 0; i < 3; i++) {
+        ibid_select x = {.share = shares[i], .measure = true};
+        ibid_seq_truncate(s, LIVE);
+        decode(&w, s, at, 0, &x, logits);
+        double share = (double)x.read / (double)x.seen, recall = x.recall / (double)x.n_recall;
+        printf("share: %.3f read, recall %.3f\n", share, recall);
+        assert_true(share >= shares[i] && share < shares[i] + 0.05);
+        assert_true(recall > before && recall > share);
+        before = recall;
+    }
+    ibid_seq_close(s);
+    close_world(&w);
+}
+
+/* Alone or in a batch, on one thread or three, fresh or after other rows were dropped. */
+static void test_same_bits(void **state) {
+    float first[2][VOCAB_ROOM], got[2][VOCAB_ROOM], full[VOCAB_ROOM];
+    float mass[2][1 + BLOCKS][BLOCK];
+    (void)state;
+    for (size_t threads = 1; threads <= 3; threads++) {
+        world w;
+        ibid_seq *s[3];
+        uint32_t at = 0;
+        float *of[1 + BLOCKS], *other[1 + BLOCKS];
+        open_world(&w, fx_shapes[1], NULL, threads, IBID_KV_Q8_0);
+        for (size_t i = 0; i < 3; i++) at = start(&w, &s[i]);
+        for (size_t i = 0; i <= BLOCKS; i++) {
+            of[i] = mass[0][i];
+            other[i] = mass[1][i];
+        }
+        memset(mass, 0, sizeof mass);
+        ibid_select x = {.share = 0.2}, y = {.share = 0.4};
+        ibid_probe probe = {.mass = of, .n_rows = 1}, again = {.mass = other, .n_rows = 1};
+        ibid_step steps[3];
+        for (size_t i = 0; i < 3; i++)
+            steps[i] = (ibid_step){.seq = s[i],
+                                   .tokens = w.tokens + 7,
+                                   .positions = &at,
+                                   .n = 1,
+                                   .n_logits = 1,
+                                   .logits = i < 2 ? got[i] : full};
+        steps[0].select = &x;
+        steps[0].probe = &probe;
+        steps[1].select = &y;
+        must(ibid_engine_forward(w.f.e, steps, 3, NULL));
+        if (threads == 1) memcpy(first, got, sizeof got);
+        assert_memory_equal(first, got, sizeof got);
+        /* A block's whole attention goes to what was read of it. */
+        double sum = 0;
+        for (size_t i = 0; i <= BLOCKS; i++)
+            for (size_t t = 0; t < length_of(i); t++) sum += (double)mass[0][i][t];
+        assert_true(sum > 0 && sum < (double)(w.f.m->n_layers * w.f.m->n_heads) * 1.001);
+        /* Dropped, others in their place, dropped again. */
+        ibid_seq_truncate(s[0], 100);
+        fx_forward(w.f.e, s[0], at - LIVE + 100, w.tokens + 900, 250, 0, NULL);
+        ibid_select z = {.share = 0.2};
+        uint32_t later = at - LIVE + 350;
+        ibid_step step = {
+            .seq = s[0], .tokens = w.tokens, .positions = &later, .n = 1, .select = &z};
+        must(ibid_engine_forward(w.f.e, &step, 1, NULL));
+        ibid_seq_truncate(s[0], 100);
+        fx_forward(w.f.e, s[0], at - LIVE + 100, w.tokens + 2600, LIVE - 100, 0, NULL);
+        steps[0].probe = &again;
+        steps[0].select = &z;
+        must(ibid_engine_forward(w.f.e, steps, 1, NULL));
+        assert_memory_equal(first[0], got[0], sizeof got[0]);
+        assert_memory_equal(mass[0], mass[1], sizeof mass[0]);
+        for (size_t i = 0; i < 3; i++) ibid_seq_close(s[i]);
+        close_world(&w);
+    }
+}
+
+static void test_refuses(void **state) {
+    static const double bad[] = {0, -0.5, NAN};
+    fx_model f;
+    ibid_seq *s = NULL;
+    int32_t tokens[3] = {5, 6, 7};
+    uint32_t at[3] = {0, 1, 2};
+    float logits[VOCAB_ROOM], want[VOCAB_ROOM];
+    (void)state;
+    fx_open(&f, &fx_shapes[0], NULL, 1);
+    must(ibid_seq_open(f.e, 0, &s));
+    for (size_t i = 0; i < 3; i++) {
+        ibid_select x = {.share = bad[i]};
+        ibid_step step = {.seq = s, .tokens = tokens, .positions = at, .n = 1, .select = &x};
+        assert_int_equal(ibid_engine_forward(f.e, &step, 1, NULL), IBID_INVAL);
+    }
+    /* Several rows, or everything: full attention, and nothing is counted. */
+    ibid_select x = {.share = 0.1};
+    ibid_step step = {
+        .seq = s, .tokens = tokens, .positions = at, .n = 3, .n_logits = 1, .logits = want};
+    must(ibid_engine_forward(f.e, &step, 1, NULL));
+    ibid_seq_truncate(s, 0);
+    step.logits = logits;
+    step.select = &x;
+    must(ibid_engine_forward(f.e, &step, 1, NULL));
+    assert_memory_equal(want, logits, f.m->n_vocab * sizeof *want);
+    assert_int_equal(x.seen, 0);
+    ibid_seq_close(s);
+    fx_close(&f);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_bounds),     cmocka_unit_test(test_choose),
+        cmocka_unit_test(test_everything), cmocka_unit_test(test_masks),
+        cmocka_unit_test(test_share),      cmocka_unit_test(test_same_bits),
+        cmocka_unit_test(test_refuses),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,206 @@
+/* Decoding over chosen pages against full attention, on a real text: for each share one JSON line
+ * with what was read, the recall of full attention's mass there, the mean and 99th percentile KL
+ * divergence of the next token's distribution in nats, the share of equal likeliest tokens, both
+ * perplexities, and milliseconds per token.
+ *
+ * usage: bench_select MODEL.gguf TEXT [TOKENS [STEPS [BLOCK [SKIP]]]]
+ *
+ * TOKENS tokens of TEXT from token SKIP on are stored as q8_0, in blocks of BLOCK tokens encoded
+ * each by itself behind the model's prefix, or, if BLOCK is 0, as one causal pass leaves them. The
+ * STEPS tokens that follow in the text are then given one by one, to full attention and to each
+ * share, each with its own live KV. Times: the least of three runs of the steps, without measuring
+ * recall; runs of all shares alternate. */
+#include "attention/plan/encode.h"
+#include "attention/plan/gate.h"
+#include "attention/plan/prompt.h"
+#include "attention/plan/recompute.h"
+#include "rpc/base/clock.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { RUNS = 3 };
+static const double shares[] = {1, 0.05, 0.1, 0.2, 0.4};
+enum { SHARES = sizeof shares / sizeof *shares };
+
+typedef struct bench {
+    ibid_model *m;
+    ibid_engine *e;
+    ibid_sched sched;
+    ibid_ids prefix;
+    ibid_kv_blob prefix_kv;
+    ibid_reader r;
+    int32_t *ids;
+    size_t n_ids, tokens, steps, block, skip;
+    ibid_placed_block *blocks;
+    size_t n_blocks;
+    uint32_t next; /* position of the first step */
+} bench;
+
+static void check(ibid_err e) {
+    if (!e) return;
+    (void)fprintf(stderr, "bench_select: %s: %s\n", ibid_err_text(e), ibid_err_detail());
+    exit(2);
+}
+
+static void *need(size_t n, size_t size) {
+    void *p = ibid_calloc(n, size);
+    if (!p) check(ibid_fail(IBID_NOMEM, "%zu times %zu bytes", n, size));
+    return p;
+}
+
+static void open_model(bench *b, const char *path) {
+    check(ibid_model_open(path, NULL, &b->m));
+    check(ibid_engine_open(b->m, &(ibid_engine_opts){.int8 = true}, &b->e));
+    ibid_sched_init(&b->sched);
+    check(ibid_prompt_prefix(b->m, &ibid_wording_default, &b->prefix));
+    check(ibid_read_prefix(b->m, b->e, &b->sched, b->prefix.ids, b->prefix.n, IBID_KV_Q8_0,
+                           &b->prefix_kv));
+    b->r = (ibid_reader){.model = b->m,
+                         .engine = b->e,
+                         .sched = &b->sched,
+                         .kv_type = IBID_KV_Q8_0,
+                         .prefix = {.layers = b->prefix_kv.layers},
+                         .n_prefix = b->prefix.n};
+}
+
+static void read_text(bench *b, const char *path) {
+    enum { MOST = 4 << 20 };
+    FILE *f = fopen(path, "rb");
+    char *text = need(MOST, 1);
+    if (!f) check(ibid_fail(IBID_IO, "%s cannot be read", path));
+    size_t n = fread(text, 1, MOST, f);
+    ibid_token *t = NULL;
+    (void)fclose(f);
+    check(ibid_tokenize(b->m->tokenizer, text, n, false, &t, &b->n_ids));
+    b->ids = need(b->n_ids, sizeof *b->ids);
+    for (size_t i = 0; i < b->n_ids; i++) b->ids[i] = t[i].id;
+    ibid_free(t);
+    ibid_free(text);
+    if (b->skip + b->tokens + b->steps > b->n_ids)
+        check(ibid_fail(IBID_INVAL, "the text has %zu tokens", b->n_ids));
+}
+
+/* All as one causal pass leaves it. */
+static void store_whole(bench *b) {
+    ibid_seq *s = NULL;
+    ibid_kv_view *layers = NULL;
+    uint32_t *at = need(b->tokens, sizeof *at);
+    for (size_t i = 0; i < b->tokens; i++) at[i] = (uint32_t)(b->prefix.n + i);
+    check(ibid_seq_open(b->e, b->tokens, &s));
+    check(ibid_seq_add_segment(s, &b->r.prefix));
+    ibid_step step = {.seq = s, .tokens = b->ids + b->skip, .positions = at, .n = b->tokens};
+    check(ibid_engine_forward(b->e, &step, 1, NULL));
+    check(ibid_gate_store(b->m, s, 0, b->tokens, IBID_KV_Q8_0, &layers));
+    ibid_seq_close(s);
+    ibid_free(at);
+    b->n_blocks = 1;
+    b->blocks = need(1, sizeof *b->blocks);
+    b->blocks[0] = (ibid_placed_block){.layers = layers, .local0 = b->prefix.n};
+}
+
+static void store_blocks(bench *b) {
+    b->n_blocks = b->tokens / b->block;
+    b->tokens = b->n_blocks * b->block;
+    b->blocks = need(b->n_blocks, sizeof *b->blocks);
+    ibid_reading *t = need(b->n_blocks, sizeof *t);
+    for (size_t i = 0; i < b->n_blocks; i++)
+        t[i] = (ibid_reading){.tokens = b->ids + b->skip + i * b->block, .n = b->block};
+    for (size_t done = 0; done < b->n_blocks;)
+        check(ibid_read_some(&b->r, t, b->n_blocks, &done, true, NULL, NULL));
+    for (size_t i = 0; i < b->n_blocks; i++)
+        b->blocks[i] = (ibid_placed_block){
+            .layers = t[i].kv.layers, .local0 = b->prefix.n, .offset = i * b->block};
+}
+
+static ibid_seq *start(const bench *b) {
+    ibid_seq *s = NULL;
+    check(ibid_seq_open(b->e, b->steps, &s));
+    check(ibid_seq_add_segment(s, &b->r.prefix));
+    for (size_t i = 0; i < b->n_blocks; i++) {
+        const ibid_placed_block *p = &b->blocks[i];
+        ibid_segment g = {.layers = p->layers, .local0 = p->local0, .offset = p->offset};
+        check(ibid_seq_add_segment(s, &g));
+    }
+    return s;
+}
+
+/* Gives all steps; logits [steps, n_vocab] or NULL. Returns milliseconds a step; the first one is
+ * left out: it makes summaries. */
+static double run(const bench *b, ibid_select *x, float *logits) {
+    ibid_seq *s = start(b);
+    float *last = need(b->m->n_vocab, sizeof *last);
+    uint64_t from = 0;
+    for (size_t i = 0; i < b->steps; i++) {
+        uint32_t at = b->next + (uint32_t)i;
+        ibid_step step = {.seq = s,
+                          .tokens = b->ids + b->skip + b->tokens + i,
+                          .positions = &at,
+                          .n = 1,
+                          .n_logits = 1,
+                          .logits = logits ? logits + i * b->m->n_vocab : last,
+                          .select = x};
+        check(ibid_engine_forward(b->e, &step, 1, NULL));
+        if (i == 0) from = ibid_now_ns();
+    }
+    double ms = b->steps > 1 ? ibid_ms_since(from) / (double)(b->steps - 1) : 0;
+    ibid_seq_close(s);
+    ibid_free(last);
+    return ms;
+}
+
+static void compare(const bench *b, const float *want, const float *got, ibid_select *x,
+                    double share, double ms) {
+    ibid_gate_tally t = {0};
+    for (size_t i = 0; i < b->steps; i++) {
+        size_t next = b->skip + b->tokens + i + 1;
+        check(ibid_gate_add(&t, want + i * b->m->n_vocab, got + i * b->m->n_vocab, b->m->n_vocab,
+                            next < b->n_ids ? b->ids[next] : -1));
+    }
+    ibid_gate_score q = ibid_gate_score_of(&t);
+    printf("{\"case\": \"select\", \"tokens\": %zu, \"block\": %zu, \"steps\": %zu, \"share\": "
+           "%.2f, \"read\": %.4f, \"recall\": %.4f, \"kl_mean\": %.5f, \"kl_p99\": %.5f, "
+           "\"top1\": %.4f, \"ppl_full\": %.3f, \"ppl\": %.3f, \"ms_per_token\": %.2f}\n",
+           b->tokens, b->block, b->steps, share, x->seen ? (double)x->read / (double)x->seen : 1.0,
+           x->n_recall ? x->recall / (double)x->n_recall : 1.0, q.kl_mean, q.kl_p99, q.top1,
+           q.ppl_ref, q.ppl_test, ms);
+    (void)fflush(stdout);
+    ibid_gate_fini(&t);
+}
+
+int main(int argc, char **argv) {
+    static bench b;
+    double ms[SHARES];
+    if (argc < 3) {
+        (void)fprintf(stderr, "usage: %s MODEL.gguf TEXT [TOKENS [STEPS [BLOCK [SKIP]]]]\n",
+                      argv[0]);
+        return 2;
+    }
+    b.tokens = argc > 3 ? strtoul(argv[3], NULL, 10) : 7800;
+    b.steps = argc > 4 ? strtoul(argv[4], NULL, 10) : 64;
+    b.block = argc > 5 ? strtoul(argv[5], NULL, 10) : 200;
+    b.skip = argc > 6 ? strtoul(argv[6], NULL, 10) : 0;
+    open_model(&b, argv[1]);
+    read_text(&b, argv[2]);
+    if (b.block)
+        store_blocks(&b);
+    else
+        store_whole(&b);
+    b.next = (uint32_t)(b.prefix.n + b.tokens);
+    size_t values = b.steps * b.m->n_vocab;
+    float *want = need(values, sizeof *want), *got = need(values, sizeof *got);
+    for (size_t i = 0; i < SHARES * RUNS; i++) {
+        size_t k = i % SHARES;
+        ibid_select x = {.share = shares[k]};
+        double took = run(&b, k ? &x : NULL, NULL);
+        ms[k] = i < SHARES || took < ms[k] ? took : ms[k];
+    }
+    (void)run(&b, NULL, want);
+    for (size_t k = 0; k < SHARES; k++) {
+        ibid_select x = {.share = shares[k], .measure = true};
+        (void)run(&b, k ? &x : NULL, got);
+        compare(&b, want, got, &x, shares[k], ms[k]);
+    }
+    return 0;
+}
