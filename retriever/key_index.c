@@ -104,14 +104,23 @@ ibid_err ibidi_keyindex_follow(ibidi_keyindex *x, uint64_t block, size_t n_token
     return IBID_OK;
 }
 
-const int8_t *ibidi_keyindex_keys(const ibidi_keyindex *x, uint64_t block, size_t *hint,
-                                  size_t *n_tokens) {
+ibid_key_panels ibidi_keyindex_block(const ibidi_keyindex *x, size_t i) {
+    return (ibid_key_panels){x->keys + x->blocks[i].panel * IBID_KEY_PANEL * x->stamp.dim,
+                             ibid_key_panels_of(x->blocks[i].n_tokens)};
+}
+
+void ibidi_keyindex_row(const ibidi_keyindex *x, size_t i, size_t t, int8_t *key) {
+    ibid_key_panels_unpack(ibidi_keyindex_block(x, i).panels, t, x->stamp.dim, key);
+}
+
+bool ibidi_keyindex_keys(const ibidi_keyindex *x, uint64_t block, size_t *hint,
+                         ibid_key_panels *out) {
     size_t at = *hint;
     if (at >= x->n || x->blocks[at].block != block) at = lower_bound(x, block);
-    if (at == x->n || x->blocks[at].block != block) return NULL;
+    if (at == x->n || x->blocks[at].block != block) return false;
     *hint = at + 1;
-    *n_tokens = x->blocks[at].n_tokens;
-    return x->keys + x->blocks[at].row * x->stamp.dim;
+    *out = ibidi_keyindex_block(x, at);
+    return true;
 }
 
 /* ---- Candidates ---- */
@@ -293,27 +302,32 @@ ibid_err ibidi_keyindex_candidates(const ibidi_keyindex *x, const ibid_kernels *
     return e;
 }
 
-/* By more than a step on average: keys derived again from stored KV may be rounded otherwise. */
-static bool apart(const int8_t *a, const int8_t *b, size_t n) {
+/* By more than a step on average: keys derived again from stored KV may be rounded otherwise.
+ * key: scratch [dim]. */
+static bool apart(const ibidi_keyindex *x, size_t at, const ibid_keys *k, int8_t *key) {
     uint64_t sum = 0;
-    for (size_t i = 0; i < n; i++) sum += (uint64_t)abs(a[i] - b[i]);
-    return sum > n;
+    for (size_t t = 0; t < k->n_tokens; t++) {
+        ibidi_keyindex_row(x, at, t, key);
+        for (size_t d = 0; d < k->dim; d++) sum += (uint64_t)abs(k->data[t * k->dim + d] - key[d]);
+    }
+    return sum > k->n_tokens * k->dim;
 }
 
 ibid_err ibidi_keyindex_compare(const ibidi_keyindex *x, ibid_snap *snap, size_t step,
                                 uint64_t *differ) {
+    int8_t *key = ibid_alloc(x->stamp.dim);
+    ibid_err e = key ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory for a key");
     *differ = 0;
-    for (size_t i = 0; i < x->n; i += step) {
+    for (size_t i = 0; i < x->n && !e; i += step) {
         const ibidi_keyrow *b = &x->blocks[i];
         ibid_keys k;
-        ibid_err e = ibid_snap_keys(snap, b->block, &k);
+        e = ibid_snap_keys(snap, b->block, &k);
         if (e == IBID_BUSY && !(e = ibid_snap_renew(snap))) e = ibid_snap_keys(snap, b->block, &k);
-        if (e == IBID_NOTFOUND) continue; /* dead, or its keys went */
-        if (e) return e;
-        if (k.dim != x->stamp.dim || ibid_hash_cmp(&k.calibration, &x->stamp.calibration) != 0)
-            continue;
-        *differ += k.n_tokens != b->n_tokens ||
-                   apart(k.data, x->keys + b->row * k.dim, k.n_tokens * k.dim);
+        if (!e && k.dim == x->stamp.dim &&
+            ibid_hash_cmp(&k.calibration, &x->stamp.calibration) == 0)
+            *differ += k.n_tokens != b->n_tokens || apart(x, i, &k, key);
+        if (e == IBID_NOTFOUND) e = IBID_OK; /* dead, or its keys went */
     }
-    return IBID_OK;
+    ibid_free(key);
+    return e;
 }

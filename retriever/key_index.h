@@ -1,6 +1,6 @@
 /* The index of one collection's token keys: a derived, memory-mapped copy of them in block order,
- * and, for collections too large to be scanned whole, cells: centroids of tokens, each with the
- * blocks that have a token near it.
+ * turned for the kernel that scores them (ibid_key_panels), and, for collections too large to be
+ * scanned whole, cells: centroids of tokens, each with the blocks that have a token near it.
  *
  * A search takes each question token's nearest cells, adds up for every block what its best cell
  * would score, and so gets candidates; exact MaxSim over the candidates' keys decides (maxsim.h).
@@ -12,14 +12,15 @@
  *
  * On disk: keys-GENERATION.cells, and "keys.manifest", which names it with size and checksum and
  * carries the block table:
- *   0  "IKM2"  4 u32 version 2  8 u64 generation  16 calibration [32]  48 u32 dim  52 u32 probes
+ *   0  "IKM3"  4 u32 version 3  8 u64 generation  16 calibration [32]  48 u32 dim  52 u32 probes
  *   56 u64 rows  64 u64 blocks  72 u64 size and 80 u64 XXH3-64 of the .cells file
  *   88 u64 cells  96 u64 postings  104 u64 rows when the cells were trained
  *   112 blocks * { u64 block, u32 tokens, u32 0 }, ascending   then u64 XXH3-64 of all before
  * The .cells file: centroids i8 [cells, dim], u64 starts [cells + 1], u32 postings (indexes into
- * the block table, ascending in a cell), keys i8 [rows, dim]; each part from a multiple of 64
- * bytes. Little-endian. Both are written aside and renamed, the manifest last. Derived data:
- * anything wrong is an error of ibidi_keyindex_load and the caller builds it again. */
+ * the block table, ascending in a cell), and each block's keys in panels, from a new panel on; each
+ * part from a multiple of 64 bytes. Little-endian. Both are written aside and renamed, the manifest
+ * last. Derived data: anything wrong is an error of ibidi_keyindex_load and the caller builds it
+ * again. */
 #ifndef IBID_RETRIEVER_KEY_INDEX_H
 #define IBID_RETRIEVER_KEY_INDEX_H
 
@@ -85,10 +86,10 @@ typedef struct ibidi_keyindex_facts {
 ibidi_keyindex_facts ibidi_keyindex_told(const ibidi_keyindex *x);
 
 /* ---- Searching; any number of threads ---- */
-/* A block's keys, or NULL if they are not in the file. *hint: where the one before was (0 at
- * first); ascending blocks then cost nothing. */
-const int8_t *ibidi_keyindex_keys(const ibidi_keyindex *x, uint64_t block, size_t *hint,
-                                  size_t *n_tokens);
+/* A block's keys; false if they are not in the file. *hint: where the one before was (0 at first);
+ * ascending blocks then cost nothing. */
+bool ibidi_keyindex_keys(const ibidi_keyindex *x, uint64_t block, size_t *hint,
+                         ibid_key_panels *out);
 /* The up to `max` live blocks of the file with the best sums, best first. A block that none of a
  * question token's nearest `probes` cells holds is given the last of their scores for it. pool
  * NULL: this thread only; else the caller holds it. blocks [max] out. *all: every live block of the

@@ -252,6 +252,16 @@ static void fill_posts(const build *b, const uint64_t *starts, uint64_t *at, uin
 }
 
 /* ---- The file ---- */
+static void pack_keys(const build *b, uint8_t *to) {
+    const int8_t *from = b->keys;
+    for (size_t i = 0; i < b->m.n_blocks; i++) {
+        size_t n = b->m.blocks[i].n_tokens;
+        ibid_key_panels_pack(from, n, b->stamp.dim, to);
+        from += n * b->stamp.dim;
+        to += ibid_key_panels_of(n) * IBID_KEY_PANEL * b->stamp.dim;
+    }
+}
+
 static ibid_err write_parts(build *b, const char *path, const ibidi_keyplan *plan,
                             const uint64_t *starts, uint64_t *at, uint32_t *last) {
     ibid_err e = IBID_OK;
@@ -270,7 +280,7 @@ static ibid_err write_parts(build *b, const char *path, const ibidi_keyplan *pla
         if (b->m.n_cells) memcpy(p + plan->cells, b->cells, b->m.n_cells * dim);
         memcpy(p + plan->starts, starts, (b->m.n_cells + 1) * sizeof *starts);
         if (b->m.n_cells) fill_posts(b, starts, at, last, (uint32_t *)(void *)(p + plan->posts));
-        memcpy(p + plan->keys, b->keys, b->m.rows * dim);
+        pack_keys(b, p + plan->keys);
         munmap(p, plan->size);
     }
     close(fd);
@@ -286,7 +296,8 @@ static ibid_err write_cells_file(build *b, const char *path) {
         starts && at && last ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory for %zu cells", n);
     if (!e && n) count_posts(b, starts, last);
     if (!e) b->m.n_posts = starts[n];
-    if (!e) e = ibidi_keyplan_make(b->stamp.dim, b->m.rows, n, b->m.n_posts, &plan);
+    if (!e)
+        e = ibidi_keyplan_make(b->stamp.dim, ibidi_keyplan_panels(&b->m), n, b->m.n_posts, &plan);
     if (!e) e = write_parts(b, path, &plan, starts, at, last);
     ibid_free(starts);
     ibid_free(at);
@@ -297,6 +308,7 @@ static ibid_err write_cells_file(build *b, const char *path) {
 /* ---- Probes ---- */
 typedef struct trial {
     ibidi_asking q;
+    int8_t *keys; /* [TRIAL_TOKENS, dim], borrowed */
     double weights[TRIAL_TOKENS];
     uint64_t best[TRIAL_TOP];
     size_t n_best;
@@ -324,13 +336,16 @@ static void make_trial(const build *b, const ibidi_keyindex *x, size_t nth, tria
     size_t skip = nth % 2 ? (from->n_tokens - n) / 2 : 0, dim = x->stamp.dim;
     double scores[TRIAL_TOP];
     int32_t best[TRIAL_TOKENS];
-    *t = (trial){.q = {.keys = x->keys + (from->row + skip) * dim, .n = n, .dim = dim}};
+    t->q = (ibidi_asking){.keys = t->keys, .n = n, .dim = dim};
+    for (size_t i = 0; i < n; i++)
+        ibidi_keyindex_row(x, (size_t)(from - x->blocks), skip + i, t->keys + i * dim);
     for (size_t i = 0; i < n; i++) t->q.sum += t->weights[i] = 1;
     t->q.weights = t->weights;
-    for (size_t i = 0; i < x->n; i++)
-        keep_best(t->best, scores, &t->n_best, x->blocks[i].block,
-                  ibidi_maxsim_keys(b->o->kernels, &t->q, x->keys + x->blocks[i].row * dim,
-                                    x->blocks[i].n_tokens, best));
+    for (size_t i = 0; i < x->n; i++) {
+        ibid_key_panels keys = ibidi_keyindex_block(x, i);
+        b->o->kernels->maxsim_panels(t->keys, n, dim, &keys, 1, best);
+        keep_best(t->best, scores, &t->n_best, x->blocks[i].block, ibidi_maxsim_sum(&t->q, best));
+    }
 }
 
 static size_t found_of(const trial *t, const uint64_t *blocks, size_t n) {
@@ -353,8 +368,12 @@ static ibid_err choose_probes(const build *b, ibidi_keyindex *x) {
     if (!x->n_cells) return IBID_OK;
     uint64_t *blocks = ibid_alloc(CANDIDATES * sizeof *blocks);
     trial *t = ibid_calloc(TRIALS, sizeof *t);
-    if (!blocks || !t) e = ibid_fail(IBID_NOMEM, "out of memory for trials");
-    for (size_t i = 0; i < TRIALS && !e; i++) make_trial(b, x, i, &t[i]);
+    int8_t *keys = ibid_alloc(TRIALS * TRIAL_TOKENS * x->stamp.dim);
+    if (!blocks || !t || !keys) e = ibid_fail(IBID_NOMEM, "out of memory for trials");
+    for (size_t i = 0; i < TRIALS && !e; i++) {
+        t[i].keys = keys + i * TRIAL_TOKENS * x->stamp.dim;
+        make_trial(b, x, i, &t[i]);
+    }
     for (x->probes = PROBES_MIN; !e; x->probes *= 2) {
         found = total = 0;
         for (size_t i = 0; i < TRIALS && !e; i++) {
@@ -366,6 +385,7 @@ static ibid_err choose_probes(const build *b, ibidi_keyindex *x) {
         if (x->probes >= PROBES_MAX || (double)found >= TRIAL_RECALL * (double)total) break;
     }
     ibid_free(blocks);
+    ibid_free(keys);
     ibid_free(t);
     return e;
 }

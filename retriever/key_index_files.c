@@ -11,7 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { MANIFEST_HEAD = 112, MANIFEST_ROW = 16 };
+enum { VERSION = 3, MANIFEST_HEAD = 112, MANIFEST_ROW = 16 };
 #define MANIFEST_MAX ((size_t)4 << 30)
 
 static void store32(uint8_t *p, uint32_t v) {
@@ -34,17 +34,23 @@ static uint64_t padded(uint64_t n) {
     return (n + 63) & ~(uint64_t)63;
 }
 
-ibid_err ibidi_keyplan_make(uint64_t dim, uint64_t rows, uint64_t cells, uint64_t posts,
+ibid_err ibidi_keyplan_make(uint64_t dim, uint64_t panels, uint64_t cells, uint64_t posts,
                             ibidi_keyplan *out) {
-    if (dim == 0 || dim > 65536 || rows > COUNT_MAX || cells > COUNT_MAX || posts > COUNT_MAX)
-        return ibid_fail(IBID_CORRUPT, "a key index of %" PRIu64 " rows and %" PRIu64 " cells",
-                         rows, cells);
+    if (dim == 0 || dim > 65536 || panels > COUNT_MAX || cells > COUNT_MAX || posts > COUNT_MAX)
+        return ibid_fail(IBID_CORRUPT, "a key index of %" PRIu64 " panels and %" PRIu64 " cells",
+                         panels, cells);
     out->cells = 0;
     out->starts = padded(cells * dim);
     out->posts = out->starts + padded((cells + 1) * sizeof(uint64_t));
     out->keys = out->posts + padded(posts * sizeof(uint32_t));
-    out->size = out->keys + padded(rows * dim);
+    out->size = out->keys + padded(panels * IBID_KEY_PANEL * dim);
     return IBID_OK;
+}
+
+uint64_t ibidi_keyplan_panels(const ibidi_manifest *m) {
+    uint64_t n = 0;
+    for (size_t i = 0; i < m->n_blocks; i++) n += ibid_key_panels_of(m->blocks[i].n_tokens);
+    return n;
 }
 
 static void path_of(char out[IBIDI_KEYS_PATH], const char *dir, const char *name) {
@@ -60,8 +66,8 @@ void ibidi_keyindex_path(char out[IBIDI_KEYS_PATH], const char *dir, uint64_t ge
 
 /* ---- The manifest ---- */
 static ibid_err manifest_bytes(const ibidi_keyindex *x, ibid_buf *b) {
-    uint8_t head[MANIFEST_HEAD] = "IKM2", row[MANIFEST_ROW] = {0}, tail[8];
-    store32(head + 4, 2);
+    uint8_t head[MANIFEST_HEAD] = "IKM3", row[MANIFEST_ROW] = {0}, tail[8];
+    store32(head + 4, VERSION);
     store64(head + 8, x->stamp.generation);
     memcpy(head + 16, x->stamp.calibration.b, IBID_HASH_SIZE);
     store32(head + 48, (uint32_t)x->stamp.dim);
@@ -107,8 +113,8 @@ ibid_err ibidi_manifest_read(const void *data, size_t n, ibidi_manifest *m) {
     const uint8_t *p = data;
     ibidi_keyplan plan;
     *m = (ibidi_manifest){.rows = 0};
-    if (n < MANIFEST_HEAD + 8 || memcmp(p, "IKM2", 4) != 0 || load32(p + 4) != 2)
-        return ibid_fail(IBID_CORRUPT, "not a key index manifest of version 2");
+    if (n < MANIFEST_HEAD + 8 || memcmp(p, "IKM3", 4) != 0 || load32(p + 4) != VERSION)
+        return ibid_fail(IBID_CORRUPT, "not a key index manifest of version %d", VERSION);
     if (load64(p + n - 8) != ibid_checksum(p, n - 8))
         return ibid_fail(IBID_CORRUPT, "the manifest's checksum is wrong");
     uint64_t count = load64(p + 64);
@@ -126,10 +132,17 @@ ibid_err ibidi_manifest_read(const void *data, size_t n, ibidi_manifest *m) {
     m->n_cells = load64(p + 88);
     m->n_posts = load64(p + 96);
     m->trained_rows = load64(p + 104);
-    ibid_err e = ibidi_keyplan_make(m->stamp.dim, m->rows, m->n_cells, m->n_posts, &plan);
+    ibid_err e = manifest_blocks(p, m);
+    if (!e)
+        e = ibidi_keyplan_make(m->stamp.dim, ibidi_keyplan_panels(m), m->n_cells, m->n_posts,
+                               &plan);
     if (!e && plan.size != m->file_size)
         e = ibid_fail(IBID_CORRUPT, "the manifest's numbers contradict each other");
-    return e ? e : manifest_blocks(p, m);
+    if (e) {
+        ibid_free(m->blocks);
+        m->blocks = NULL;
+    }
+    return e;
 }
 
 /* ---- Opening ---- */
@@ -167,12 +180,12 @@ static bool sound(const ibidi_keyindex *x) {
 }
 
 static ibid_err take_blocks(ibidi_keyindex *x, const ibidi_manifest *m) {
-    uint64_t row = 0;
+    uint64_t panel = 0;
     x->blocks = ibid_alloc(m->n_blocks * sizeof *x->blocks);
     if (!x->blocks) return ibid_fail(IBID_NOMEM, "out of memory for %zu blocks", m->n_blocks);
     for (size_t i = 0; i < m->n_blocks; i++) {
-        x->blocks[i] = (ibidi_keyrow){m->blocks[i].block, row, m->blocks[i].n_tokens, false};
-        row += m->blocks[i].n_tokens;
+        x->blocks[i] = (ibidi_keyrow){m->blocks[i].block, panel, m->blocks[i].n_tokens, false};
+        panel += ibid_key_panels_of(m->blocks[i].n_tokens);
     }
     x->n = m->n_blocks;
     return IBID_OK;
@@ -183,7 +196,8 @@ ibid_err ibidi_keyindex_map(const char *path, ibidi_manifest *m, bool sum, ibidi
     mapped f = {NULL, 0};
     ibidi_keyindex *x = ibid_calloc(1, sizeof *x);
     if (!x) return ibid_fail(IBID_NOMEM, "out of memory for a key index");
-    ibid_err e = ibidi_keyplan_make(m->stamp.dim, m->rows, m->n_cells, m->n_posts, &plan);
+    ibid_err e =
+        ibidi_keyplan_make(m->stamp.dim, ibidi_keyplan_panels(m), m->n_cells, m->n_posts, &plan);
     if (!e) e = map_file(path, &f);
     if (e == IBID_NOTFOUND) e = ibid_fail(IBID_CORRUPT, "%s is not there", path);
     x->map = f.p;
@@ -201,7 +215,7 @@ ibid_err ibidi_keyindex_map(const char *path, ibidi_manifest *m, bool sum, ibidi
         x->cells = (const int8_t *)f.p + plan.cells;
         x->starts = (const uint64_t *)(const void *)(f.p + plan.starts);
         x->posts = (const uint32_t *)(const void *)(f.p + plan.posts);
-        x->keys = (const int8_t *)f.p + plan.keys;
+        x->keys = f.p + plan.keys;
         if (!sound(x)) e = ibid_fail(IBID_CORRUPT, "%s contradicts itself", path);
     }
     if (e) {

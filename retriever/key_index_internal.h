@@ -7,8 +7,8 @@
 enum { IBIDI_KEYS_PATH = 4300, IBIDI_CELL_GROUP = 64 };
 #define IBIDI_NO_ROWS UINT64_MAX
 
-typedef struct ibidi_keyrow { /* rows of one block */
-    uint64_t block, row;
+typedef struct ibidi_keyrow { /* keys of one block */
+    uint64_t block, panel;
     uint32_t n_tokens;
     bool dead;
 } ibidi_keyrow;
@@ -25,7 +25,7 @@ struct ibidi_keyindex {
     const int8_t *cells;    /* [n_cells, dim] */
     const uint64_t *starts; /* [n_cells + 1] */
     const uint32_t *posts;  /* [n_posts] */
-    const int8_t *keys;     /* [rows, dim] */
+    const uint8_t *keys;    /* panels of all blocks */
     ibidi_keyrow *blocks;   /* [n], ascending block */
     size_t n, n_cells, probes;
     uint64_t *extra; /* ascending */
@@ -33,8 +33,12 @@ struct ibidi_keyindex {
     uint64_t dead_rows, extra_rows;
 };
 
-ibid_err ibidi_keyplan_make(uint64_t dim, uint64_t rows, uint64_t cells, uint64_t posts,
+ibid_err ibidi_keyplan_make(uint64_t dim, uint64_t panels, uint64_t cells, uint64_t posts,
                             ibidi_keyplan *out);
+uint64_t ibidi_keyplan_panels(const ibidi_manifest *m); /* of all its blocks */
+/* Block i's keys; token t's among them as a row. */
+ibid_key_panels ibidi_keyindex_block(const ibidi_keyindex *x, size_t i);
+void ibidi_keyindex_row(const ibidi_keyindex *x, size_t i, size_t t, int8_t *key);
 void ibidi_keyindex_path(char out[IBIDI_KEYS_PATH], const char *dir, uint64_t generation,
                          bool aside);
 /* Opens what a manifest describes, at `path` (the file may still lie aside). sum: check it. */

@@ -21,6 +21,8 @@ typedef struct ibidi_asking { /* a question's tokens; borrowed */
     double sum;            /* of weights, above 0 */
 } ibidi_asking;
 
+/* The score of a block whose tokens' best are best [q->n]. */
+double ibidi_maxsim_sum(const ibidi_asking *q, const int32_t *best);
 /* One block's keys that are at hand. */
 double ibidi_maxsim_keys(const ibid_kernels *k, const ibidi_asking *q, const int8_t *keys,
                          size_t n_tokens, int32_t *best /* scratch [q->n] */);
