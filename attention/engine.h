@@ -85,6 +85,10 @@ ibid_err ibid_seq_open(ibid_engine *e, size_t live_hint, ibid_seq **out);
 void ibid_seq_close(ibid_seq *s);
 /* Segments come in ascending, non-overlapping global positions. */
 ibid_err ibid_seq_add_segment(ibid_seq *s, const ibid_segment *g);
+/* A sequence of its own that goes on from the same segments and a copy of the live rows: several
+ * continuations of one beginning in one call. live_hint: rows expected beyond those. Errors: NOMEM;
+ * NOTSUP on a GPU. */
+ibid_err ibid_seq_fork(const ibid_seq *s, size_t live_hint, ibid_seq **out);
 size_t ibid_seq_live_count(const ibid_seq *s);
 /* Drops live rows from `count` on. */
 void ibid_seq_truncate(ibid_seq *s, size_t count);

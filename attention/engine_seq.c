@@ -199,6 +199,41 @@ void ibidi_put_values(const ibid_kernels *k, const ibid_kv_view *v, size_t head,
     k->kv_pack(v->type, src, v->head_dim, p.at, p.scale);
 }
 
+/* The first n rows of a page as they are. */
+static void copy_rows(const ibid_seq *from, ibid_seq *to, size_t page, size_t n) {
+    const ibid_model *m = from->engine->m;
+    for (size_t i = 0; i < m->n_layers * m->n_kv_heads; i++) {
+        ibid_kv_view a = ibidi_page_view(from, page, i / m->n_kv_heads, i % m->n_kv_heads);
+        ibid_kv_view b = ibidi_page_view(to, page, i / m->n_kv_heads, i % m->n_kv_heads);
+        for (int values = 0; values < 2; values++) {
+            place x = place_of(&a, values, 0, 0), y = place_of(&b, values, 0, 0);
+            memcpy(y.at, x.at, n * m->head_dim * width[a.type]);
+            if (x.scale) memcpy(y.scale, x.scale, n * m->head_dim / 32 * sizeof *x.scale);
+        }
+    }
+}
+
+ibid_err ibid_seq_fork(const ibid_seq *s, size_t live_hint, ibid_seq **out) {
+    ibid_seq *f = NULL;
+    ibid_err err = IBID_OK;
+    if (s->engine->gpu)
+        return ibid_fail(IBID_NOTSUP, "sequences are not forked on a device; run them in turn");
+    if ((err = ibid_seq_open(s->engine, s->n_live + live_hint, &f))) goto done;
+    for (size_t i = 0; !err && i < s->n_segs; i++) err = ibid_seq_add_segment(f, &s->segs[i].s);
+    if (err) goto done;
+    if (s->n_live) memcpy(f->positions, s->positions, s->n_live * sizeof *f->positions);
+    for (size_t at = 0, n; at < s->n_live; at += n) {
+        n = s->n_live - at < s->engine->page_tokens ? s->n_live - at : s->engine->page_tokens;
+        copy_rows(s, f, at / s->engine->page_tokens, n);
+    }
+    f->n_live = s->n_live;
+    *out = f;
+    f = NULL;
+done:
+    ibid_seq_close(f);
+    return err;
+}
+
 /* K of a live row at (layer, kv head) in f32. */
 static void live_keys(const ibid_seq *s, size_t row, size_t layer, size_t head, float *out) {
     const ibid_engine *e = s->engine;

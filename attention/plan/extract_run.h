@@ -1,7 +1,7 @@
 /* An answer that is a span of the blocks, word for word: spans ranked by the text (extract.h), the
  * best of them weighed by how likely the model finds them as the answer. Costs the question's pass
- * and one short pass for every place where one of those spans starts. Knows no store and no
- * messages. */
+ * and one more over the tokens of those spans, each once for all spans that start where it does.
+ * Knows no store and no messages. */
 #ifndef IBID_ATTENTION_EXTRACT_RUN_H
 #define IBID_ATTENTION_EXTRACT_RUN_H
 
@@ -9,14 +9,18 @@
 #include "attention/plan/extract.h"
 #include "attention/plan/recompute.h"
 
-enum { IBID_EXTRACT_TRIED = 24, IBID_EXTRACT_TOKENS_MAX = 24 };
+enum {
+    IBID_EXTRACT_LOOKED = 40, /* spans whose first token's likelihood is looked at */
+    IBID_EXTRACT_TRIED = 12,  /* and those of them that the model reads */
+    IBID_EXTRACT_TOKENS_MAX = 24
+};
 
 /* What is known of a span once the model has seen it. Natural logarithms. */
 typedef struct ibid_tried {
     ibid_span span;
-    size_t n_tokens;
-    double first, rest; /* likelihood of its first token, of the others */
-    double stop;        /* that the answer ends behind it */
+    size_t from, n_tokens; /* of its block's text */
+    double first, rest;    /* likelihood of its first token, of the others */
+    double stop;           /* that the answer ends behind it */
     double score;
     double share; /* of all that were tried: softmax over score; sums to 1 */
 } ibid_tried;
@@ -28,7 +32,8 @@ typedef struct ibid_extract_plan {
     ibid_str question;
     const int32_t *prompt; /* ibid_prompt_extract */
     size_t n_prompt;
-    double share;                /* recomputed, 0..1 */
+    double share; /* recomputed, 0..1 */
+    size_t most;  /* for training: as many spans are read, whatever they promise; 0: as above */
     ibid_err (*tick)(void *arg); /* as in ibid_answer_plan */
     ibid_err (*ready)(void *arg, size_t layer);
     void *arg;

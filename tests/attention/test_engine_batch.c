@@ -296,6 +296,55 @@ static void test_needed_rows(void **state) {
     fx_close(&f);
 }
 
+/* Continuations of one beginning, in copies of it and in one call, against each alone behind the
+ * whole beginning; the rows of the beginning fill more than a page. */
+static void test_fork(void **state) {
+    enum { P = 100, N = 90, WAYS = 3, MORE = 7 };
+    (void)state;
+    for (size_t shape = 1; shape < 3; shape++) {
+        fx_model f;
+        int32_t tokens[P + N], more[MORE];
+        ibid_seq *s[WAYS + 1] = {NULL};
+        ibid_step steps[WAYS];
+        float *want = NULL, *got[WAYS];
+        fx_open(&f, &fx_shapes[shape], NULL, 2);
+        size_t vocab = f.m->n_vocab;
+        want = calloc(MORE * vocab, sizeof *want);
+        fx_tokens(f.m, 31, tokens, P + N);
+        fx_kv kv = fx_encode(f.e, NULL, 0, tokens, P, IBID_KV_F32);
+        ibid_segment g = {.layers = kv.layers, .offset = 5};
+        uint32_t *positions = fx_positions(P + 5, N + MORE);
+        must(ibid_seq_open(f.e, 0, &s[0]));
+        must(ibid_seq_add_segment(s[0], &g));
+        fx_forward(f.e, s[0], P + 5, tokens + P, N, 0, NULL);
+        for (size_t i = 0; i < WAYS; i++) {
+            must(ibid_seq_fork(s[0], MORE, &s[i + 1]));
+            assert_int_equal(ibid_seq_live_count(s[i + 1]), N);
+            got[i] = calloc(MORE * vocab, sizeof(float));
+            steps[i] = (ibid_step){.seq = s[i + 1],
+                                   .tokens = tokens + 10 * i,
+                                   .positions = positions + N,
+                                   .n = MORE,
+                                   .n_logits = MORE,
+                                   .logits = got[i]};
+        }
+        must(ibid_engine_forward(f.e, steps, WAYS, NULL));
+        assert_int_equal(ibid_seq_live_count(s[0]), N);
+        for (size_t i = 0; i < WAYS; i++) {
+            memcpy(more, tokens + 10 * i, sizeof more);
+            fx_forward(f.e, s[0], P + 5 + N, more, MORE, MORE, want);
+            assert_memory_equal(want, got[i], MORE * vocab * sizeof *want);
+            ibid_seq_truncate(s[0], N);
+            free(got[i]);
+        }
+        for (size_t i = 0; i <= WAYS; i++) ibid_seq_close(s[i]);
+        free(want);
+        free(positions);
+        fx_kv_free(&kv);
+        fx_close(&f);
+    }
+}
+
 /* Each wrong step is refused with its code, and the sequence keeps working. */
 static void test_refuses(void **state) {
     fx_model f, other;
@@ -412,10 +461,10 @@ static void test_no_allocation(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_same_bits),     cmocka_unit_test(test_split),
-        cmocka_unit_test(test_truncate),      cmocka_unit_test(test_cancel),
-        cmocka_unit_test(test_needed_rows),   cmocka_unit_test(test_refuses),
-        cmocka_unit_test(test_no_allocation),
+        cmocka_unit_test(test_same_bits),   cmocka_unit_test(test_split),
+        cmocka_unit_test(test_truncate),    cmocka_unit_test(test_cancel),
+        cmocka_unit_test(test_needed_rows), cmocka_unit_test(test_fork),
+        cmocka_unit_test(test_refuses),     cmocka_unit_test(test_no_allocation),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -98,6 +98,56 @@ static void order(void **state) {
     assert_first("On which day was the market held?", "Mondays");
 }
 
+/* Whether a text's spans hold exactly this one. */
+static bool cut(const char *question, const char *text, const char *want) {
+    static ibid_span s[4096];
+    const char *const one[] = {text};
+    size_t n = spans(question, one, 1, 4096, s);
+    for (size_t i = 0; i < n; i++)
+        if (is(&s[i], one, want)) return true;
+    return false;
+}
+
+/* Which spans there are at all: whole quantities, whole dates unless a part is asked for, no words
+ * of the question over a verb, no function words at an edge unless they belong to a name. */
+static void cuts(void **state) {
+    static const struct {
+        const char *question, *text, *whole, *part;
+    } cases[] = {
+        {"How tall is the tower?", "The tower is 31 metres tall.", "31 metres", "31"},
+        {"How tall is the tower?", "The tower is 31 metres tall.", "31 metres", "The tower is 31"},
+        {"How tall is it?", "The tower is 3.5 metres tall.", "3.5 metres", "5 metres"},
+        {"What did it cost?", "It cost $1.2 million in all.", "$1.2 million", "$1.2"},
+        {"What did it cost?", "It cost about 40 per cent more.", "40 per cent", "40 per"},
+        {"How much was wool?", "Of the cloth 48% was wool.", "48%", "was wool"},
+        {"When did it open?", "It opened on 3 May 1911 in rain.", "3 May 1911", "May 1911"},
+        {"When did it open?", "It opened on May 3, 1911, in rain.", "May 3, 1911", "May 3"},
+        {"When was it built?", "It stood there by 40 BC already.", "40 BC", "40"},
+        {"When was it built?", "It is of the 12th century.", "12th century", "12th"},
+        {"Who kept the light?", "The light was kept by J. Barnes then.", "J. Barnes", "Barnes"},
+        {"Where did he go?", "He went to the U.S. Mint by rail.", "U.S. Mint", "S. Mint"},
+        {"Which band played?", "That night The Herons played.", "The Herons", "night The"},
+        {"Which band played?", "That night the herons played.", "herons", "the herons"},
+        {"Who was it?", "It was Barnes's brother.", "Barnes", "Barnes's"},
+        {"What is the light?", "It is a lamp and a bell.", "lamp", "and a bell"},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        print_message("%s %s: %s, not %s\n", cases[i].question, cases[i].text, cases[i].whole,
+                      cases[i].part);
+        assert_true(cut(cases[i].question, cases[i].text, cases[i].whole));
+        assert_false(cut(cases[i].question, cases[i].text, cases[i].part));
+    }
+    /* What is asked for may be a part. */
+    assert_true(cut("In what year did it open?", "It opened on 3 May 1911 in rain.", "1911"));
+    assert_true(cut("In which month did it open?", "It opened on 3 May 1911.", "May"));
+    assert_true(cut("How many metres tall is it?", "The tower is 31 metres tall.", "31"));
+    assert_true(cut("Whose hat was it?", "It was Barnes's hat.", "Barnes's"));
+    assert_true(cut("What do they need?", "All of them need vitamin A daily.", "vitamin A"));
+    assert_true(cut("When did it open?", "It opened in May after all.", "May"));
+    assert_false(cut("When did it open?", "It may open on Monday.", "may open"));
+}
+
 /* "Dr. J." ends no sentence, a line does. */
 static void sentences(void **state) {
     ibid_span s[512];
@@ -169,8 +219,9 @@ static void around(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(wants),     cmocka_unit_test(order),  cmocka_unit_test(sentences),
-        cmocka_unit_test(odd_texts), cmocka_unit_test(around), cmocka_unit_test(random_texts),
+        cmocka_unit_test(wants),        cmocka_unit_test(order),     cmocka_unit_test(cuts),
+        cmocka_unit_test(sentences),    cmocka_unit_test(odd_texts), cmocka_unit_test(around),
+        cmocka_unit_test(random_texts),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -3,7 +3,7 @@
  *   bench_extract FILE.json features OUT
  *       every span of each question's paragraph with its features, binary: per question u32 index,
  *       u32 spans; per span u32 start, u32 end, then the features as f32
- *   bench_extract FILE.json tried OUT MODEL.gguf
+ *   bench_extract FILE.json tried OUT MODEL.gguf [SPANS]
  *       the spans the model was asked about, one JSON line a question: text, start, end, tokens,
  *       score of the text, log likelihood of the first token, of the others, of ending there
  */
@@ -18,7 +18,8 @@
 
 typedef struct bench {
     FILE *out;
-    bool model; /* or features */
+    bool model;  /* or features */
+    size_t most; /* spans the model is asked about; 0: as many as the product asks about */
     uint32_t n_spans;
     ibid_model *m;
     ibid_engine *e;
@@ -131,7 +132,8 @@ static void try_question(bench *b, uint32_t index, ibid_str question, const ibid
                               .n_blocks = 1,
                               .question = question,
                               .prompt = prompt.ids,
-                              .n_prompt = prompt.n};
+                              .n_prompt = prompt.n,
+                              .most = b->most};
     check(ibid_extract_run(&b->r, &plan, &x));
     put_tried(b, index, &x, ibid_ms_since(start));
     ibid_extracted_fini(&x);
@@ -170,10 +172,11 @@ int main(int argc, char **argv) {
     json_t *article, *p;
     size_t i, k;
     uint32_t index = 0;
-    b.model = argc == 5 && strcmp(argv[2], "tried") == 0;
+    b.model = (argc == 5 || argc == 6) && strcmp(argv[2], "tried") == 0;
+    b.most = argc == 6 ? (size_t)strtoul(argv[5], NULL, 10) : 0;
     if (!b.model && !(argc == 4 && strcmp(argv[2], "features") == 0)) {
         (void)fprintf(stderr, "usage: bench_extract FILE.json features OUT\n"
-                              "       bench_extract FILE.json tried OUT MODEL.gguf\n");
+                              "       bench_extract FILE.json tried OUT MODEL.gguf [SPANS]\n");
         return 2;
     }
     json_t *root = json_load_file(argv[1], 0, &err);

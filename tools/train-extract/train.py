@@ -5,18 +5,22 @@ attention/plan/extract_run.c).
     bench_extract FILE.json features spans.bin
     tools/train-extract/train.py FILE.json spans.bin --weights attention/plan/extract_weights.c
     (build again)
-    bench_extract FILE.json tried tried.jsonl MODEL.gguf
+    bench_extract FILE.json tried tried.jsonl MODEL.gguf 40
     tools/train-extract/train.py FILE.json spans.bin --tried tried.jsonl
 
-FILE.json is in SQuAD layout. Both are log-linear models over the spans of one question: the likelihood
+FILE.json is in SQuAD layout. All are log-linear models over the spans of one question: the likelihood
 of spans by the square of their F1 with the gold answer (times 0.3 where they do not overlap the gold's
-place) is raised, with an L2 penalty on standardised weights. Printed are exact match, F1, share of
-answers that contain the gold, and words, of questions whose articles the weights did not see (five
-folds). Needs numpy and scipy.
+place) is raised, with an L2 penalty on standardised weights. The model's weights come in two steps, as
+extract_run.c uses them: "early" ones, from the first token's likelihood, choose --spans-read of the 40,
+"late" ones the answer; both are trained on text scores of weights that did not see the question's fold.
+Printed are exact match, F1, share of answers that contain the gold, and words, of questions whose
+articles no weights saw (five folds). Needs numpy and scipy.
 """
 import argparse
+import copy
 import json
-import re
+import string
+import unicodedata
 
 import numpy as np
 from scipy.optimize import minimize
@@ -31,11 +35,14 @@ parser.add_argument("--tried")
 parser.add_argument("--weights", help="write the C file of the text's weights here")
 parser.add_argument("--penalty", type=float, default=30.0)
 parser.add_argument("--folds", type=int, default=5)
+parser.add_argument("--spans-read", type=int, nargs="+", default=[12])
+parser.add_argument("--by-word", type=float, nargs="+", default=[0.1])
 args = parser.parse_args()
 
 
 def normal(text):
-    text = re.sub(r"[^\w\s]", " ", text.lower())
+    """As `ibid eval qa` does: punctuation away, then articles."""
+    text = "".join(c for c in text.lower() if unicodedata.category(c)[0] != "P" and c not in string.punctuation)
     return " ".join(w for w in text.split() if w not in ("a", "an", "the"))
 
 
@@ -67,6 +74,7 @@ class Case:
             there = any(e > at and s < at + len(g.encode()) for g, at in self.gold)
             worth.append(max(f1(t, g) for g, _ in self.gold) * (1.0 if there else 0.3))
         self.worth = np.array(worth) ** 2
+        self.index, self.places = index, places
 
 
 def load_spans(path):
@@ -97,15 +105,19 @@ def fits(data, width):
     return at == len(data)
 
 
-def load_tried(path):
+def load_tried(path, text_scores):
+    """Columns: score of the text, log likelihood of the first token, of the others, of ending there,
+    tokens, root of the first token's surprise."""
     out = []
     for line in open(path):
         j = json.loads(line)
-        rows = j["tried"]
+        rows = [(text_scores[j["q"]].get((r[1], r[2])), r) for r in j["tried"]]
+        rows = [(t, r) for t, r in rows if t is not None]
         if not rows:
             continue
-        x = np.array([[r[4], r[5], r[6], r[7], r[3], max(0.0, -r[5]) ** 0.5] for r in rows])
-        out.append(Case(j["q"], x, [(r[1], r[2]) for r in rows]))
+        x = np.array([[t, r[5], r[6], r[7], r[3], max(0.0, -r[5]) ** 0.5] for t, r in rows])
+        out.append(Case(j["q"], x, [(r[1], r[2]) for _, r in rows]))
+        out[-1].n_words = np.minimum(3, [len(t.split()) for t in out[-1].texts])
     return out
 
 
@@ -140,24 +152,54 @@ def measure(answers):
             f"{words / n:.1f} words ({n} questions)")
 
 
-def folds(cases, penalty):
-    answers = []
+def unseen(cases, penalty, visit):
+    """visit(case, weights that did not see its article)."""
     for k in range(args.folds):
         w = train([c for c in cases if c.article % args.folds != k], penalty)
         for c in cases:
             if c.article % args.folds == k:
-                answers.append((c.texts[int(np.argmax(c.x @ w))], c.gold))
-    return measure(answers)
+                visit(c, w)
 
 
-cases = load_tried(args.tried) if args.tried else load_spans(args.spans)
-penalty = 1.0 if args.tried else args.penalty
-print("unseen articles:", folds(cases, penalty))
-w = train(cases, penalty)
-if args.tried:
-    names = ("by_text", "by_first", "by_rest", "by_stop", "by_token", "by_surprise")
-    print(", ".join(f"{n} = {v:.3f}" for n, v in zip(names, w)))
-elif args.weights:
+def part(case, chosen):
+    c = copy.copy(case)
+    c.x, c.worth, c.n_words = case.x[chosen], case.worth[chosen], case.n_words[chosen]
+    c.texts = [case.texts[i] for i in chosen]
+    return c
+
+
+EARLY = [0, 1, 4, 5]
+
+
+def narrow(cases, n_read, by_word):
+    """The spans of each case that early weights choose, which did not see its article."""
+    out = []
+
+    def choose(c, w):
+        s = c.x @ w + by_word * cases[c.at].n_words
+        out.append(part(cases[c.at], np.argsort(-s, kind="stable")[:n_read]))
+
+    look = []
+    for at, c in enumerate(cases):
+        look.append(copy.copy(c))
+        look[-1].x, look[-1].at = c.x[:, EARLY], at
+    unseen(look, 1.0, choose)
+    return out, train(look, 1.0)
+
+
+cases, answers, text_scores = load_spans(args.spans), [], {}
+
+
+def score(c, w):
+    s = c.x @ w
+    answers.append((c.texts[int(np.argmax(s))], c.gold))
+    text_scores[c.index] = dict(zip(c.places, s.tolist()))
+
+
+unseen(cases, args.penalty, score)
+print("text alone, unseen articles:", measure(answers))
+if args.weights:
+    w = train(cases, args.penalty)
     w[LOWER_TEXT] = LOWER_TEXT_WEIGHT
     with open(args.weights, "w") as out:
         out.write("/* Weights of the features of a span, as tools/train-extract printed them "
@@ -166,3 +208,15 @@ elif args.weights:
         for i in range(0, len(w), 8):
             out.write("    " + " ".join(f"{v:.4f}f," for v in w[i: i + 8]) + "\n")
         out.write("};\n/* clang-format on */\n")
+if args.tried:
+    looked = load_tried(args.tried, text_scores)
+    for n_read in args.spans_read:
+        for by_word in args.by_word:
+            read, early = narrow(looked, n_read, by_word)
+            answers = []
+            unseen(read, 1.0, lambda c, w: answers.append(
+                (c.texts[int(np.argmax(c.x @ w + by_word * c.n_words))], c.gold)))
+            late = train(read, 1.0)
+            print(f"{n_read} spans read, by_word {by_word}, unseen articles:", measure(answers))
+            print("   early: text, first, token, surprise", ", ".join(f"{v:.3f}" for v in early))
+            print("   late: text, first, rest, stop, token, surprise", ", ".join(f"{v:.3f}" for v in late))
