@@ -44,6 +44,7 @@ typedef struct ibidi_found { /* strings lie in the arena */
     ibid_hit *hits;
     size_t n;
     bool relevant;
+    double relevance, coverage;
     const char *degraded; /* why only words were searched, or NULL */
     double keys_ms, lexical_ms, total_ms;
     uint64_t generation;

@@ -16,7 +16,7 @@
 #include <unistd.h>
 
 static const double K1 = 1.2; /* of FTS5's bm25 */
-enum { SCHEMA = 1, CHUNK_BITS = 24, TERMS_MAX = 256 };
+enum { SCHEMA = 1, CHUNK_BITS = 24, TERMS_MAX = 256, SHARE_ROWS = 300 };
 #define TITLE_WEIGHT 1.0
 #define TEXT_WEIGHT 1.0
 
@@ -679,7 +679,8 @@ ibid_err ibidi_lexical_share(ibidi_lexical *l, ibid_str question, ibid_str title
     for (size_t i = 0; i < t.n; i++) {
         if (t.stop[i] && t.n_plain) continue;
         if ((e = rows_with(l, t.s[i], t.len[i], &with))) goto done;
-        double idf = log(((double)rows - (double)with + 0.5) / ((double)with + 0.5) + 1);
+        double idf =
+            log(((double)rows + SHARE_ROWS - (double)with + 0.5) / ((double)with + 0.5) + 1);
         sum += idf;
         if (t.seen[i]) found += idf;
     }

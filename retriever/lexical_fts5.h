@@ -55,8 +55,9 @@ ibid_err ibidi_lexical_most(ibidi_lexical *l, ibid_str question, double *out);
 enum { IBIDI_CODE_ROWS = 3, IBIDI_LOOKUP_WORDS = 3, IBIDI_LOOKUP_ROWS = 10 };
 ibid_err ibidi_lexical_exact(ibidi_lexical *l, ibid_str question, ibidi_lexical_hit **out,
                              size_t *n);
-/* Share 0..1 of the question's word weight (inverse frequency in this index, function words left
- * out) that a text holds; 0 when the question has no word. */
+/* Share 0..1 of the question's word weight (inverse frequency in this index and 300 rows more that
+ * hold none of the words, so that a share means the same in a small one; function words left out)
+ * that a text holds; 0 when the question has no word. */
 ibid_err ibidi_lexical_share(ibidi_lexical *l, ibid_str question, ibid_str title, ibid_str text,
                              double *out);
 

@@ -34,7 +34,13 @@ typedef struct ibid_hit {
 typedef struct ibid_search_result {
     const ibid_hit *hits; /* descending score */
     size_t n;
-    bool relevant; /* the best hit passes the calibrated threshold */
+    bool relevant;    /* something found answers the question: relevance is at least a half */
+    double relevance; /* 0..1 (retriever/relevance.h) */
+    /* Share of the collection's tokens, or of the document's that a filter asks for, whose keys
+     * were compared with the question's exactly. 1 up to the size that is scanned whole, and with
+     * words alone, which are looked up everywhere. Above, the key index's cells look at the others
+     * by what is near them, and pick those that are compared. */
+    double coverage;
     double keys_ms, lexical_ms, total_ms;
     uint64_t generation; /* of the store the answer reflects */
     ibid_str degraded;   /* why only words were searched; "" = keys too, or as asked */

@@ -63,6 +63,8 @@ ibid_err ibid_ret_search(ibid_client *c, const ibid_search_request *q, ibid_sear
     out->hits = out->storage;
     out->n = n;
     out->relevant = ibid_get_bool(body, "relevant", false);
+    out->relevance = ibid_get_f64(body, "relevance", 0);
+    out->coverage = ibid_get_f64(body, "coverage", 1);
     out->keys_ms = ibid_get_f64(body, "keys_ms", 0);
     out->lexical_ms = ibid_get_f64(body, "lexical_ms", 0);
     out->total_ms = ibid_get_f64(body, "total_ms", 0);

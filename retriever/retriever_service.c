@@ -85,6 +85,8 @@ static ibid_err on_search(void *room, const ibid_call *call) {
     for (size_t i = 0; i < found.n; i++) put_hit(call->reply, &found.hits[i]);
     ibid_enc_end(call->reply);
     ibid_enc_bool(call->reply, "relevant", found.relevant);
+    ibid_enc_f64(call->reply, "relevance", found.relevance);
+    ibid_enc_f64(call->reply, "coverage", found.coverage);
     ibid_enc_f64(call->reply, "keys_ms", found.keys_ms);
     ibid_enc_f64(call->reply, "lexical_ms", found.lexical_ms);
     ibid_enc_f64(call->reply, "total_ms", found.total_ms);

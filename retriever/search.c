@@ -1,6 +1,7 @@
 /* Search over one collection: candidates from token keys and from words, filters, fusion, hits. */
 #include "retriever/engine.h"
 #include "retriever/fuse.h"
+#include "retriever/relevance.h"
 #include "rpc/base/clock.h"
 #include "rpc/base/log.h"
 
@@ -18,10 +19,6 @@ enum {
     CHUNKS_EACH = 8,
     QUESTION_MAX = 1 << 20
 };
-/* Where keys do not decide it: share of the question's word weight the best hit must hold to be
- * relevant. */
-#define LEXICAL_RELEVANT 0.5
-
 /* ---- A map of u64 to an index ---- */
 typedef struct map {
     uint64_t *keys; /* key + 1; 0 = free */
@@ -101,6 +98,8 @@ typedef struct gather {
     size_t counted[2]; /* so far, of keys and of words */
     size_t taken[2];   /* chunks so far */
     bool lexical_all;
+    uint64_t *scored; /* blocks compared by their keys; one may stand there twice */
+    size_t n_scored, room_scored;
     ibid_arena *arena;
 } gather;
 
@@ -143,14 +142,18 @@ static const json_t *member(const json_t *o, const char *key, size_t n) {
     return v;
 }
 
+static bool is_document(ibid_str key) {
+    return key.n == sizeof IBID_FILTER_DOCUMENT - 1 &&
+           memcmp(key.s, IBID_FILTER_DOCUMENT, key.n) == 0;
+}
+
 static bool filters_hold(const ibid_search_request *q, ibid_str id, ibid_str metadata) {
     if (!q->n_filters) return true;
     json_t *o = json_loadb(metadata.s ? metadata.s : "", metadata.n, JSON_DECODE_ANY, NULL);
     bool hold = true;
     for (size_t i = 0; i < q->n_filters && hold; i++) {
         ibid_str key = q->filters[i].key, value = q->filters[i].value;
-        if (key.n == sizeof IBID_FILTER_DOCUMENT - 1 &&
-            memcmp(key.s, IBID_FILTER_DOCUMENT, key.n) == 0) {
+        if (is_document(key)) {
             hold = id.n == value.n && memcmp(id.s, value.s, id.n) == 0;
             continue;
         }
@@ -317,6 +320,18 @@ static ibid_err take_blocks(gather *g, block_score *s, size_t n) {
     return e;
 }
 
+static ibid_err note_scored(gather *g, const block_score *s, size_t n) {
+    if (g->n_scored + n > g->room_scored) {
+        size_t room = 2 * (g->n_scored + n);
+        uint64_t *more = ibid_realloc(g->scored, room * sizeof *more);
+        if (!more) return ibid_fail(IBID_NOMEM, "out of memory for %zu blocks", n);
+        g->scored = more;
+        g->room_scored = room;
+    }
+    for (size_t i = 0; i < n; i++) g->scored[g->n_scored++] = s[i].block;
+    return IBID_OK;
+}
+
 static ibid_err score_blocks(gather *g, const uint64_t *blocks, size_t n, block_score **out,
                              size_t *n_out) {
     size_t scored = 0;
@@ -331,6 +346,7 @@ static ibid_err score_blocks(gather *g, const uint64_t *blocks, size_t n, block_
     for (size_t i = 0; i < n && !e; i++)
         if (!isnan(scores[i])) (*out)[(*n_out)++] = (block_score){blocks[i], scores[i]};
     ibid_free(scores);
+    if (!e) e = note_scored(g, *out, *n_out);
     if (!e && n && !scored && !g->question->why)
         g->question->why = "stored token keys are of another calibration; run ibid reindex";
     return e;
@@ -478,16 +494,75 @@ static ibid_err mark_exact(gather *g) {
     return e;
 }
 
+/* By keys and words; by the words' share alone where there are no keys to go by. */
 static ibid_err judge(gather *g, const ibid_calibration *cal, ibidi_found *out) {
-    double best = 0, share = 0;
+    ibidi_evidence v = {0};
+    bool keys = false;
     if (!out->n) return IBID_OK;
-    for (size_t i = 0; i < out->n; i++) best = fmax(best, out->hits[i].keys);
-    if (cal && best > 0) out->relevant = best >= (double)cal->relevant;
-    if (out->relevant) return IBID_OK;
     ibid_err e = ibidi_lexical_share(g->c->lexical, g->q->question, out->hits[0].title,
-                                     out->hits[0].text, &share);
-    out->relevant = share >= LEXICAL_RELEVANT;
-    return e;
+                                     out->hits[0].text, &v.share);
+    if (!e && cal && cal->null_sd > 0)
+        e = ibidi_evidence_keys(g->cands, g->n, g->c->view.n, (double)cal->null_mean,
+                                (double)cal->null_sd, &v, &keys);
+    if (e) return e;
+    out->relevance = keys ? ibidi_relevance(&v) : v.share;
+    out->relevant = out->relevance >= IBIDI_RELEVANT;
+    return IBID_OK;
+}
+
+/* ---- Coverage ---- */
+static uint64_t tokens_of(const gather *g, uint64_t block) {
+    size_t i = ibidi_view_at(&g->c->view, block);
+    return i < g->c->view.n ? g->c->view.blocks[i].n_tokens : 0;
+}
+
+/* The blocks of the document that a filter asks for, ascending and once each; NULL: no such filter.
+ */
+static ibid_err wanted_document(gather *g, const uint64_t **blocks, size_t *n) {
+    *blocks = NULL;
+    for (size_t f = 0; f < g->q->n_filters && !*blocks; f++) {
+        if (!is_document(g->q->filters[f].key)) continue;
+        for (size_t i = 0; i < g->n_docs && !*blocks; i++) {
+            doc *d = g->docs[i];
+            if (!d->pass) continue;
+            ibid_err e = doc_chunks(g, d);
+            uint64_t *b = e ? NULL : ibid_arena_alloc(g->arena, (d->n_chunks + 1) * sizeof *b);
+            if (e || !b) return e ? e : ibid_fail(IBID_NOMEM, "out of memory for a document");
+            for (size_t k = 0; k < d->n_chunks; k++) b[k] = d->chunks[k].block;
+            qsort(b, d->n_chunks, sizeof *b, by_number);
+            *n = 0;
+            for (size_t k = 0; k < d->n_chunks; k++)
+                if (!*n || b[*n - 1] != b[k]) b[(*n)++] = b[k];
+            *blocks = b;
+        }
+    }
+    return IBID_OK;
+}
+
+static bool was_scored(const gather *g, uint64_t block) {
+    return g->n_scored && bsearch(&block, g->scored, g->n_scored, sizeof block, by_number);
+}
+
+/* ibid_search_result.coverage. Words look at every chunk there is. */
+static ibid_err cover(gather *g, bool by_keys, ibidi_found *out) {
+    const uint64_t *blocks;
+    size_t n = 0;
+    uint64_t all = 0, seen = 0;
+    out->coverage = 1;
+    if (!by_keys) return IBID_OK;
+    if (g->n_scored) qsort(g->scored, g->n_scored, sizeof *g->scored, by_number);
+    ibid_err e = wanted_document(g, &blocks, &n);
+    if (e) return e;
+    for (size_t i = 0; i < n; i++) {
+        uint64_t tokens = tokens_of(g, blocks[i]);
+        all += tokens;
+        if (was_scored(g, blocks[i])) seen += tokens;
+    }
+    for (size_t i = 0; i < g->n_scored && !blocks; i++)
+        if (i == 0 || g->scored[i] != g->scored[i - 1]) seen += tokens_of(g, g->scored[i]);
+    if (!blocks) all = g->c->view.tokens;
+    if (all) out->coverage = (double)seen / (double)all;
+    return IBID_OK;
 }
 
 /* ---- The whole ---- */
@@ -523,6 +598,7 @@ static ibid_err run(gather *g, size_t top, ibidi_found *out) {
     ibidi_fuse(g->cands, g->n, calibrated ? (double)cal.keys_weight : 0, most);
     if (!e) e = fill_hits(g, top, out);
     if (!e) e = judge(g, calibrated ? &cal : NULL, out);
+    if (!e) e = cover(g, g->question->usable && !g->q->lexical_only, out);
     out->generation = g->c->generation;
     out->degraded = g->q->lexical_only ? NULL : g->question->why;
     return e;
@@ -573,6 +649,7 @@ done:
     map_fini(&g.cand_map);
     ibid_free(g.docs);
     ibid_free(g.cands);
+    ibid_free(g.scored);
     ibid_arena_close(g.arena);
     if (e) ibidi_found_close(out);
     out->total_ms = ibid_ms_since(start);

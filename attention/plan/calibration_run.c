@@ -379,10 +379,10 @@ static void tell_taken(ibid_buf *report, const ibid_calibration *c, const char *
                        const ibid_cal_score *s) {
     if (!report) return;
     (void)ibid_buf_printf(report,
-                          "%s: %u numbers a token, recall@1 %.3f, MRR %.3f; a best hit below %.3f "
-                          "is not relevant (unrelated text scores %.3f +- %.3f)\n",
+                          "%s: %u numbers a token, recall@1 %.3f, MRR %.3f; the best of unrelated "
+                          "text scores %.3f +- %.3f\n",
                           what, (unsigned)ibid_keymap_dim(c->map), s->recall1, s->mrr,
-                          (double)c->relevant, (double)c->null_mean, (double)c->null_sd);
+                          (double)c->null_mean, (double)c->null_sd);
 }
 
 static void set_thresholds(ibid_calibration *c, const ibid_cal_score *s) {

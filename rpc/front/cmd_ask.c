@@ -71,6 +71,8 @@ static json_t *answer_json(const struct ask *a, const ibid_answer_event *ev) {
     (void)json_object_set_new(j, "answer", ibidi_json_str(ev->text));
     (void)json_object_set_new(j, "mode", ev->mode ? json_string(ev->mode) : json_null());
     (void)json_object_set_new(j, "evidence", json_real(ev->evidence));
+    (void)json_object_set_new(j, "relevance", json_real(a->asked->found->relevance));
+    (void)json_object_set_new(j, "coverage", json_real(a->asked->found->coverage));
     (void)json_object_set_new(j, "citations", citations_json(a, ev));
     (void)json_object_set_new(j, "blocks", blocks_json(a));
     (void)json_object_set_new(
@@ -162,7 +164,7 @@ static bool on_event(void *arg, ibidi_asked *asked, const ibid_answer_event *ev)
         if (o->json)
             a->status = ibidi_json_print(answer_json(a, ev));
         else
-            print_answer(a, ev);
+            print_answer(a, ev), ibidi_print_coverage(asked->found->coverage);
         asked->shown = true;
     }
     return true;
@@ -177,9 +179,10 @@ static int not_found(struct ask *a) {
     if (a->asked->found->n) {
         printf("%sClosest: ", ibidi_dim());
         ibidi_print_line(a->asked->found->hits[0].title, 80);
-        printf(" (score %.3f). --always answers all the same.%s\n", a->asked->found->hits[0].score,
-               ibidi_plain());
+        printf(" (relevance %.2f of the 0.50 it takes). --always answers all the same.%s\n",
+               a->asked->found->relevance, ibidi_plain());
     }
+    ibidi_print_coverage(a->asked->found->coverage);
     return 1;
 }
 

@@ -72,6 +72,13 @@ size_t ibidi_filters(const ibid_opts *o, ibid_filter *out) {
     return o->n_filters + 1;
 }
 
+void ibidi_print_coverage(double coverage) {
+    if (coverage >= 1) return;
+    printf("%s%.3g %% of the text was compared with the question token by token, chosen by an index "
+           "over all of it%s\n",
+           ibidi_dim(), 100 * coverage, ibidi_plain());
+}
+
 /* ---- search ---- */
 
 struct search {
@@ -123,6 +130,8 @@ static int search_one(void *arg, ibid_str text, json_t *id) {
             (void)json_array_append_new(hits, hit_json(&res.hits[i]));
         (void)json_object_set_new(j, "hits", hits);
         (void)json_object_set_new(j, "relevant", json_boolean(res.relevant));
+        (void)json_object_set_new(j, "relevance", json_real(res.relevance));
+        (void)json_object_set_new(j, "coverage", json_real(res.coverage));
         (void)json_object_set_new(j, "timings_ms",
                                   json_pack("{s:f,s:f,s:f}", "keys", res.keys_ms, "lexical",
                                             res.lexical_ms, "total", total));
@@ -133,7 +142,8 @@ static int search_one(void *arg, ibid_str text, json_t *id) {
             printf("nothing found\n");
         else
             printf("%s%zu hits in %.1f ms%s%s\n", ibidi_dim(), res.n, total,
-                   res.relevant ? "" : "; none of them scores as relevant", ibidi_plain());
+                   res.relevant ? "" : "; none of them seems to answer this", ibidi_plain());
+        if (res.n) ibidi_print_coverage(res.coverage);
     }
     ibid_search_result_close(&res);
     return status;

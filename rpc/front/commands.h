@@ -37,6 +37,8 @@ int ibidi_each_question(ibid_cli *cli, int (*fn)(void *arg, ibid_str text, json_
 
 /* Searches, starting the service again and repeating when a room went away. */
 ibid_err ibidi_search(ibid_service *s, const ibid_search_request *q, ibid_search_result *out);
+/* A line about ibid_search_result.coverage, if it is not 1. */
+void ibidi_print_coverage(double coverage);
 /* Splits KEY=VALUE options, and --document, into filters [IBID_OPT_LIST_MAX + 1]. */
 size_t ibidi_filters(const ibid_opts *o, ibid_filter *out);
 #endif

@@ -164,6 +164,8 @@ void t_calibrate(t_store *t, float version, float relevant, float find) {
     c->keys_weight = 0.5f;
     c->map->mean[0] = version;
     c->relevant = relevant;
+    c->null_mean = relevant - 0.2f;
+    c->null_sd = 0.1f;
     c->find = find;
     assert_ok(ibid_calibration_encode(c, &b));
     t->calibration = calibration_now = c->id;

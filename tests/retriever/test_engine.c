@@ -51,7 +51,7 @@ static void test_search(void **state) {
     ibid_search_request q = {.collection = t_str("c"), .question = t_str("vessel"), .top = 3};
     assert_ok(ibidi_retriever_search(r, &q, &f));
     assert_int_equal(f.n, 3); /* one hit a document */
-    assert_true(f.relevant && !f.degraded);
+    assert_true(f.relevant && f.relevance >= 0.5 && f.coverage == 1 && !f.degraded);
     assert_true(f.hits[0].keys > 0.8 && f.hits[0].keys <= 1.01 && f.hits[0].lexical == 0);
     assert_true(f.hits[0].keys > f.hits[1].keys && f.hits[0].score >= f.hits[1].score);
     assert_true(t_eq(f.hits[0].text, "The boat left the harbour at dawn."));
@@ -67,7 +67,7 @@ static void test_search(void **state) {
     ibidi_found_close(&f);
     q.question = t_str("zebra");
     assert_ok(ibidi_retriever_search(r, &q, &f));
-    assert_false(f.relevant);
+    assert_true(!f.relevant && f.relevance < 0.5);
     ibidi_found_close(&f);
     q.question = t_str("boat");
     q.lexical_only = true;
@@ -244,6 +244,62 @@ static void test_filters(void **state) {
         assert_int_equal(filtered(r, "rare", "no", "boat boat", 50, NULL), 50);
         ibidi_retriever_close(r);
     }
+    t_close(&t);
+}
+
+static double coverage(ibidi_retriever *r, const char *document, bool chunks, bool words) {
+    ibid_filter filter = {t_str(IBID_FILTER_DOCUMENT), t_str(document ? document : "")};
+    ibid_search_request q = {.collection = t_str("c"),
+                             .question = t_str("a boat at x7"),
+                             .top = 3,
+                             .chunks = chunks,
+                             .filters = &filter,
+                             .n_filters = document ? 1 : 0,
+                             .lexical_only = words};
+    ibidi_found f;
+    assert_ok(ibidi_retriever_search(r, &q, &f));
+    double share = f.coverage;
+    ibidi_found_close(&f);
+    return share;
+}
+
+/* Scanned whole, all is covered; from cells, what lies in those near the question. What a filter
+ * leaves few of is scanned. Every chunk has tokens of its own. */
+static void test_coverage(void **state) {
+    (void)state;
+    t_store t;
+    ibid_buf text;
+    t_open(&t);
+    ibid_buf_init(&text, 1 << 20);
+    for (int d = 0; d < 3; d++) {
+        char id[16];
+        snprintf(id, sizeof id, "long%d", d);
+        ibid_buf_clear(&text);
+        for (int i = d * 400; i < (d + 1) * 400; i++)
+            assert_ok(ibid_buf_printf(&text, "%sx%d y%d.", i % 400 ? "\n\n" : "", i, i));
+        t_put(&t, "c", id, "", text.data, NULL);
+    }
+    t_put(&t, "c", "short", "", "The boat.\n\nThe harbour.", NULL);
+    for (int way = 0; way < 2; way++) {
+        ibidi_retriever_opts o = t_opts(&t);
+        if (way) {
+            o.exact_tokens = 1;
+            o.keys = (ibidi_keyindex_opts){.min_rows = 1, .cells_min = 1, .cell_rows = 4};
+        }
+        ibidi_retriever *r = open_r(&o);
+        assert_ok(ibidi_retriever_settle(r));
+        double all = coverage(r, NULL, true, false), one = coverage(r, "long1", true, false);
+        print_message("%s: %.3f of the collection, %.3f of a long document\n",
+                      way ? "cells" : "scan", all, one);
+        if (way)
+            assert_true(all > 0 && all < 0.9 && one > 0 && one <= 1);
+        else
+            assert_true(all == 1 && one == 1);
+        assert_true(coverage(r, "short", true, false) == 1);
+        assert_true(coverage(r, NULL, true, true) == 1);
+        ibidi_retriever_close(r);
+    }
+    ibid_buf_fini(&text);
     t_close(&t);
 }
 
@@ -740,12 +796,13 @@ static void test_no_pause(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_search),           cmocka_unit_test(test_exact),
-        cmocka_unit_test(test_updates),          cmocka_unit_test(test_filters),
-        cmocka_unit_test(test_degraded),         cmocka_unit_test(test_recalibrated),
-        cmocka_unit_test(test_two_ways),         cmocka_unit_test(test_damage),
-        cmocka_unit_test(test_store_comes_late), cmocka_unit_test(test_store_went_back),
-        cmocka_unit_test(test_threads),          cmocka_unit_test(test_no_pause),
+        cmocka_unit_test(test_search),          cmocka_unit_test(test_exact),
+        cmocka_unit_test(test_updates),         cmocka_unit_test(test_filters),
+        cmocka_unit_test(test_coverage),        cmocka_unit_test(test_degraded),
+        cmocka_unit_test(test_recalibrated),    cmocka_unit_test(test_two_ways),
+        cmocka_unit_test(test_damage),          cmocka_unit_test(test_store_comes_late),
+        cmocka_unit_test(test_store_went_back), cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_no_pause),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
