@@ -570,7 +570,9 @@ static ibid_err run_plan(answering *a) {
     uint64_t *heads = NULL;
     a->blocks = ibid_calloc(a->n + 1, sizeof *a->blocks);
     a->stored = ibid_calloc(a->n + 1, sizeof(ibidi_stored *));
-    double share = a->recompute < 0 ? ibid_recompute_auto(a->n) : a->recompute;
+    /* Spans of two or three blocks are found as well with nothing recomputed (docs/quality.md). */
+    double by_default = a->extracts ? 0 : ibid_recompute_auto(a->n);
+    double share = a->recompute < 0 ? by_default : a->recompute;
     ibid_err e = cal && placed && mass && a->blocks && a->stored
                      ? ibid_snap_begin(a->r->store, &a->snap)
                      : ibid_fail(IBID_NOMEM, "no memory for an answer");
