@@ -16,7 +16,11 @@ static int best_first(const void *a, const void *b) {
  * 0.29) where question and text share no word but common ones (docs/quality.md). */
 static const double NOISE = 0.2, SENSE = 0.3;
 
-void ibidi_fuse(ibidi_candidate *c, size_t n, double keys_weight, double most) {
+void ibidi_candidates_sort(ibidi_candidate *c, size_t n) {
+    if (n) qsort(c, n, sizeof *c, best_first);
+}
+
+double ibidi_fuse(ibidi_candidate *c, size_t n, double keys_weight, double most) {
     double low_keys = INFINITY, best_words = -INFINITY;
     for (size_t i = 0; i < n; i++) { /* comparisons with NAN are false */
         if (c[i].keys < low_keys) low_keys = c[i].keys;
@@ -33,5 +37,6 @@ void ibidi_fuse(ibidi_candidate *c, size_t n, double keys_weight, double most) {
         else
             c[i].score = !isnan(c[i].keys) ? c[i].keys : isnan(c[i].lexical) ? 0 : c[i].lexical;
     }
-    if (n) qsort(c, n, sizeof *c, best_first);
+    ibidi_candidates_sort(c, n);
+    return gate;
 }

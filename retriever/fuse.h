@@ -5,6 +5,7 @@
 #include "rpc/base/err.h"
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 /* One candidate: a score of NAN means that this search has nothing to say about it. */
@@ -21,6 +22,7 @@ typedef struct ibidi_candidate {
  * up the noise of those that are left. Missing keys count as the lowest seen, missing words as 0.
  * With one search only, or most 0 (no word that counts), its raw score. Then sorts by descending
  * score, exact ones first; ties by document and chunk, so that an answer never depends on the order
- * of its input. */
-void ibidi_fuse(ibidi_candidate *c, size_t n, double keys_weight, double most);
+ * of its input. Returns the gate; 0 where there was nothing to fuse. */
+double ibidi_fuse(ibidi_candidate *c, size_t n, double keys_weight, double most);
+void ibidi_candidates_sort(ibidi_candidate *c, size_t n); /* in that order */
 #endif

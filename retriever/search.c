@@ -1,6 +1,7 @@
 /* Search over one collection: candidates from token keys and from words, filters, fusion, hits. */
 #include "retriever/engine.h"
 #include "retriever/fuse.h"
+#include "retriever/smooth.h"
 #include "retriever/relevance.h"
 #include "rpc/base/clock.h"
 #include "rpc/base/log.h"
@@ -595,7 +596,8 @@ static ibid_err run(gather *g, size_t top, ibidi_found *out) {
     bool calibrated = g->question->usable && ibidi_engine_calibration(g->snap, &g->c->model, &cal);
     if (!e && fuses) e = ibidi_lexical_most(g->c->lexical, g->q->question, &most);
     if (!e && fuses) e = mark_exact(g);
-    ibidi_fuse(g->cands, g->n, calibrated ? (double)cal.keys_weight : 0, most);
+    double gate = ibidi_fuse(g->cands, g->n, calibrated ? (double)cal.keys_weight : 0, most);
+    if (!e) e = ibidi_smooth(g->cands, g->n, &g->c->view, gate);
     if (!e) e = fill_hits(g, top, out);
     if (!e) e = judge(g, calibrated ? &cal : NULL, out);
     if (!e) e = cover(g, g->question->usable && !g->q->lexical_only, out);
