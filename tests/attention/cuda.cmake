@@ -38,12 +38,13 @@ endfunction()
 
 ibid_cuda_test(rows SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/test_rows.c LIBS ibid_model)
 ibid_cuda_test(attention SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/test_attention.c GPU_ARGS 6002 288)
+ibid_cuda_test(select SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/test_select.c GPU_ARGS 7002 200)
 ibid_cuda_test(model SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/test_model.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
   GPU_ARGS all)
 # Numbers are measured by tools/gpu-check; here only that it runs.
 ibid_cuda_test(bench SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/bench.c LIBS ibid_model ARGS tiny GPU_ARGS tiny)
 # The same with threads in shuffled order: what a missing barrier would change.
-foreach(name rows attention)
+foreach(name rows attention select)
   add_test(NAME attention.cuda_${name}.shuffled COMMAND emulated_${name} 6003 18 WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
   set_tests_properties(attention.cuda_${name}.shuffled PROPERTIES TIMEOUT 600
     ENVIRONMENT IBID_EMULATOR_ORDER=77)

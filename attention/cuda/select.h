@@ -1,0 +1,49 @@
+/* Which pages of a long context a decoding row reads, on the device: as attention/kernels/select.h
+ * and engine_select.c do it on the CPU, but with a number of pages for a budget, which grids can
+ * know beforehand. What was chosen becomes a sequence of its own for each kv head (its pages and
+ * cells, room 0), which attention then reads like any other. */
+#ifndef IBID_ATTENTION_CUDA_SELECT_H
+#define IBID_ATTENTION_CUDA_SELECT_H
+
+#include "attention/cuda/launch.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Halves in a summary: mean, radii, zeros up to a multiple of 32. */
+IBIDI_CU_BOTH uint32_t ibidi_cu_summary_width(uint32_t dim) {
+    return (dim + dim / 2 + 31) / 32 * 32;
+}
+
+/* One row's choosing at a layer; pointers to device memory. */
+typedef struct ibidi_cu_choosing {
+    ibidi_cu_seq seq;     /* the whole one */
+    uint32_t layer, room; /* room: of summaries and weights, in pages */
+    uint32_t n;           /* pages the row sees */
+    uint32_t last;        /* those from here on are always read, and the first */
+    uint32_t n_chosen;    /* at most n, and more than there are from `last` on */
+    const uint8_t *pool;
+    uint16_t *summaries;  /* [n_kv_heads, room, width] of this layer */
+    float *weight;        /* [n_kv_heads, group + 1, room]: scores, then weights */
+    ibidi_cu_page *pages; /* [n_kv_heads, n_chosen] the result, in order; empty ones last */
+    uint32_t *cells;      /* the same: where in the pool */
+    uint32_t *which;      /* the same: number in seq; UINT32_MAX: empty */
+    uint32_t *read;       /* [n_kv_heads] += tokens in them */
+} ibidi_cu_choosing;
+
+/* Makes the summaries of pages [page0, page1), turned to their places. */
+ibid_err ibidi_cu_summarise(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibidi_cu_choosing *a,
+                            size_t page0, size_t page1);
+/* Chooses for the row with queries q [n_heads * head_dim] (those of ibidi_cu_finish_heads). */
+ibid_err ibidi_cu_choose(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibidi_cu_choosing *a,
+                         const float *q);
+/* mass[64 which[i] + j] += chosen[64 i + j] for the chosen pages of a kv head that are among the
+ * first n_stored. */
+ibid_err ibidi_cu_spread_mass(ibidi_cu_stream s, const uint32_t *which, size_t n_chosen,
+                              size_t n_stored, const float *chosen, float *mass);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

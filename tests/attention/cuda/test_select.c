@@ -1,0 +1,286 @@
+/* Choosing pages on the device, on random shapes: summaries, what is chosen and in which order, and
+ * mass brought back to its pages, against the CPU's functions and plain loops. Head sizes 64, 96,
+ * 128 and 256, partial RoPE, both pairings, q8_0 and f16 pages, masks, empty pages, offsets, live
+ * pages. */
+#include "attention/cuda/select.h"
+#include "attention/kernels/select.h"
+#include "tests/attention/cuda/kernel_fixture.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_PAGES = 700, TURNS = 5, HEADS = 16 };
+
+typedef struct world {
+    ibidi_cu_shape m;
+    ibid_page_shape shape;
+    size_t n, last, n_chosen, width, head_bytes;
+    ibidi_cu_page pages[MAX_PAGES];
+    uint32_t cells[MAX_PAGES];
+    float turns[TURNS][IBIDI_CU_DIM_MAX];
+    uint8_t *pool;
+    float *q;
+    ibidi_cu_choosing d; /* on the device */
+} world;
+
+static void make(world *w, size_t round) {
+    static const uint32_t dims[] = {64, 96, 128, 256}, groups[] = {1, 3, 4, 8};
+    memset(w, 0, sizeof *w);
+    uint32_t dim = dims[round % 4], kv = 1 + (uint32_t)fx_below(2), group = groups[fx_below(4)];
+    uint32_t n_rot = fx_below(3) ? dim : dim / 4;
+    w->m = (ibidi_cu_shape){.n_heads = kv * group,
+                            .n_kv_heads = kv,
+                            .head_dim = dim,
+                            .n_rot = n_rot,
+                            .group = group,
+                            .pair_next = fx_below(2) != 0,
+                            .q8 = round / 4 % 2 != 0};
+    w->shape = (ibid_page_shape){dim, n_rot, w->m.pair_next ? IBID_PAIR_NEXT : IBID_PAIR_HALF};
+    w->width = ibid_page_width(&w->shape);
+    w->head_bytes = ibidi_cu_head_bytes(dim, w->m.q8);
+    w->n = round % 5 == 4 ? 300 + fx_below(MAX_PAGES - 300) : 1 + fx_below(40);
+    size_t tail = fx_below(w->n < 4 ? w->n : 4); /* live pages at the end */
+    w->last = w->n - tail;
+    w->n_chosen = tail + 1 + fx_below(w->n - tail);
+    for (size_t t = 0; t < TURNS; t++)
+        for (size_t i = 0; i < n_rot / 2; i++) {
+            w->turns[t][i] = cosf((float)(i * 7 + t));
+            w->turns[t][n_rot / 2 + i] = sinf((float)(i * 7 + t));
+        }
+    for (size_t i = 0; i < w->n; i++) {
+        size_t j = fx_below(i + 1); /* cells in a random order */
+        w->cells[i] = w->cells[j];
+        w->cells[j] = (uint32_t)i;
+        bool live = i >= w->last;
+        w->pages[i] = (ibidi_cu_page){.keep = UINT64_MAX,
+                                      .start = (uint32_t)(64 * i),
+                                      .n = live || fx_below(3) ? 64 : 1 + (uint32_t)fx_below(64),
+                                      .turn = live ? 0 : (uint32_t)fx_below(TURNS + 1),
+                                      .live = live};
+        if (!live && fx_below(3) == 0) w->pages[i].keep = fx_below(4) ? fx_below(UINT64_MAX) : 0;
+    }
+}
+
+static ibid_kv_view view_of(const world *w, size_t page, size_t head) {
+    size_t dim = w->m.head_dim;
+    const uint8_t *at = w->pool + (w->cells[page] * w->m.n_kv_heads + head) * w->head_bytes;
+    ibid_kv_view v = {.type = w->m.q8 ? IBID_KV_Q8_0 : IBID_KV_F16,
+                      .n_tokens = IBIDI_CU_PAGE,
+                      .n_kv_heads = 1,
+                      .head_dim = dim,
+                      .k = at};
+    if (w->m.q8)
+        v.k_scale =
+            (const uint16_t *)(const void *)(at + 2 * ibidi_cu_plane_bytes((uint32_t)dim, true));
+    return v;
+}
+
+/* Keys that lie about a direction of their page, so that pages differ. */
+static void fill(world *w) {
+    size_t dim = w->m.head_dim, heads = w->n * w->m.n_kv_heads;
+    float mean[IBIDI_CU_DIM_MAX], key[IBIDI_CU_DIM_MAX];
+    w->pool = calloc(heads, w->head_bytes);
+    for (size_t i = 0; i < heads; i++) {
+        ibid_kv_view v = view_of(w, i / w->m.n_kv_heads, i % w->m.n_kv_heads);
+        float spread = 0.1f + fx_uniform();
+        for (size_t d = 0; d < dim; d++) mean[d] = 0.5f * fx_normal();
+        for (size_t t = 0; t < IBIDI_CU_PAGE; t++) {
+            for (size_t d = 0; d < dim; d++) key[d] = mean[d] + spread * fx_normal();
+            if (w->m.q8) fx.k->hadamard(key, dim);
+            fx.k->kv_pack(v.type, key, dim, (uint8_t *)(uintptr_t)v.k + t * dim * (w->m.q8 ? 1 : 2),
+                          w->m.q8 ? (uint16_t *)(uintptr_t)v.k_scale + t * dim / 32 : NULL);
+        }
+    }
+    w->q = fx_normals(w->m.n_heads * dim, 2.0f / sqrtf((float)dim));
+}
+
+static void upload(world *w) {
+    size_t kv = w->m.n_kv_heads;
+    uint32_t cells[2 * MAX_PAGES]; /* layer 1 of 2 */
+    uint32_t zeros[HEADS] = {0};
+    memset(cells, 0xff, sizeof cells);
+    memcpy(cells + MAX_PAGES, w->cells, sizeof w->cells);
+    float *turns = calloc(TURNS * w->m.n_rot, sizeof *turns);
+    for (size_t t = 0; t < TURNS; t++)
+        memcpy(turns + t * w->m.n_rot, w->turns[t], w->m.n_rot * sizeof *turns);
+    w->d = (ibidi_cu_choosing){.seq = {.pages = fx_up(w->pages, sizeof w->pages),
+                                       .cells = fx_up(cells, sizeof cells),
+                                       .turns = fx_up(turns, TURNS * w->m.n_rot * sizeof *turns),
+                                       .room = MAX_PAGES},
+                               .layer = 1,
+                               .room = MAX_PAGES,
+                               .n = (uint32_t)w->n,
+                               .last = (uint32_t)w->last,
+                               .n_chosen = (uint32_t)w->n_chosen,
+                               .pool = fx_up(w->pool, w->n * kv * w->head_bytes),
+                               .summaries = fx_up(NULL, kv * MAX_PAGES * w->width * 2),
+                               .weight = fx_up(NULL, kv * (w->m.group + 1) * MAX_PAGES * 4),
+                               .pages = fx_up(NULL, kv * w->n_chosen * sizeof(ibidi_cu_page)),
+                               .cells = fx_up(NULL, kv * w->n_chosen * 4),
+                               .which = fx_up(NULL, kv * w->n_chosen * 4),
+                               .read = fx_up(zeros, kv * 4)};
+    free(turns);
+}
+
+static void drop(world *w) {
+    const void *all[] = {w->d.seq.pages, w->d.seq.cells, w->d.seq.turns, w->d.pool,  w->d.summaries,
+                         w->d.weight,    w->d.pages,     w->d.cells,     w->d.which, w->d.read};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) fx_free((void *)(uintptr_t)all[i]);
+    free(w->pool);
+    free(w->q);
+}
+
+static uint32_t tokens_in(const ibidi_cu_page *p) {
+    return (uint32_t)__builtin_popcountll(p->n < 64 ? p->keep & ((UINT64_C(1) << p->n) - 1)
+                                                    : p->keep);
+}
+
+/* The CPU's summary of a page, from the same stored bytes. */
+static void want_summary(const world *w, size_t page, size_t head, uint16_t *out) {
+    const ibidi_cu_page *p = &w->pages[page];
+    size_t dim = w->m.head_dim, half = w->m.n_rot / 2;
+    float keys[IBIDI_CU_PAGE * IBIDI_CU_DIM_MAX], back[IBIDI_CU_DIM_MAX];
+    ibid_kv_view v = view_of(w, page, head);
+    fx.k->kv_unpack(v.type, v.k, v.k_scale, IBIDI_CU_PAGE * dim, keys);
+    if (w->m.q8) fx.k->hadamard(keys, IBIDI_CU_PAGE * dim);
+    const float *turn = p->turn ? w->turns[p->turn - 1] : NULL;
+    for (size_t i = 0; turn && i < half; i++) back[i] = -turn[half + i];
+    ibid_page_summary(&w->shape, keys, p->n, p->keep, turn, back, out);
+}
+
+static void check_summaries(const world *w, uint16_t *got) {
+    uint16_t want[2 * IBIDI_CU_DIM_MAX];
+    size_t dim = w->m.head_dim;
+    for (size_t i = 0; i < w->n * w->m.n_kv_heads; i++) {
+        size_t page = i % w->n, head = i / w->n;
+        const uint16_t *have = got + (head * MAX_PAGES + page) * w->width;
+        if (!tokens_in(&w->pages[page])) continue;
+        want_summary(w, page, head, want);
+        for (size_t k = 0; k < w->width; k++) {
+            double a = (double)ibid_f16_to_f32(have[k]), b = (double)ibid_f16_to_f32(want[k]);
+            /* A unit of f16 or two: sums of 64 in another order. */
+            CHECK(fabs(a - b) <= 2e-3 * fabs(b) + (k < dim ? 2e-4 : 2e-3),
+                  "summary of page %zu, head %zu, value %zu: %g, not %g", page, head, k, a, b);
+        }
+    }
+}
+
+/* Weights in double, from the device's own summaries. */
+static void want_weights(const world *w, const uint16_t *sums, size_t head, double *weight) {
+    float query[2 * IBIDI_CU_DIM_MAX];
+    double score[MAX_PAGES];
+    for (size_t i = 0; i < w->n; i++) weight[i] = 0;
+    for (size_t g = 0; g < w->m.group; g++) {
+        double most = -INFINITY, sum = 0;
+        ibid_page_query(&w->shape, w->q + (head * w->m.group + g) * w->m.head_dim, IBID_PAGE_SPREAD,
+                        query);
+        for (size_t i = 0; i < w->n; i++) {
+            const uint16_t *s = sums + (head * MAX_PAGES + i) * w->width;
+            score[i] = 0;
+            if (!tokens_in(&w->pages[i])) continue;
+            for (size_t k = 0; k < w->width; k++)
+                score[i] += (double)ibid_f16_to_f32(s[k]) * (double)query[k];
+            most = fmax(most, score[i]);
+        }
+        for (size_t i = 0; i < w->n; i++)
+            if (tokens_in(&w->pages[i])) sum += exp2(score[i] - most);
+        for (size_t i = 0; i < w->n; i++)
+            if (tokens_in(&w->pages[i])) weight[i] += exp2(score[i] - most) / sum;
+    }
+}
+
+/* Chosen pages ascend, are the sequence's own, hold those always read, and none left out weighs
+ * more than one that was chosen. */
+static void check_chosen(const world *w, size_t head, const uint16_t *sums,
+                         const ibidi_cu_page *pages, const uint32_t *cells, const uint32_t *which,
+                         uint32_t read) {
+    double weight[MAX_PAGES], least = INFINITY;
+    bool chosen[MAX_PAGES] = {false};
+    size_t n = 0, could = 0, tokens = 0;
+    want_weights(w, sums, head, weight);
+    for (size_t i = 0; i < w->n; i++) could += i == 0 || i >= w->last || tokens_in(&w->pages[i]);
+    for (; n < w->n_chosen && which[n] != UINT32_MAX; n++) {
+        uint32_t i = which[n];
+        CHECK(i < w->n && (n == 0 || i > which[n - 1]), "page %u behind %u", i, which[n - !!n]);
+        CHECK(memcmp(&pages[n], &w->pages[i], sizeof *pages) == 0 && cells[n] == w->cells[i],
+              "page %u is not itself", i);
+        chosen[i] = true;
+        if (i < w->last) tokens += tokens_in(&w->pages[i]);
+        if (i > 0 && i < w->last) {
+            CHECK(tokens_in(&w->pages[i]) > 0, "page %u has nothing to read", i);
+            least = fmin(least, weight[i]);
+        }
+    }
+    CHECK(n == (could < w->n_chosen ? could : w->n_chosen), "%zu pages of %zu, %zu wanted", n,
+          could, w->n_chosen);
+    for (size_t i = n; i < w->n_chosen; i++)
+        CHECK(which[i] == UINT32_MAX && pages[i].n == 0 && pages[i].keep == 0, "slot %zu", i);
+    CHECK(read == tokens, "%u tokens read, not %zu", read, tokens);
+    for (size_t i = 0; i < w->n; i++) {
+        if (i == 0 || i >= w->last) CHECK(chosen[i], "page %zu is always read", i);
+        if (!chosen[i] && tokens_in(&w->pages[i]))
+            CHECK(weight[i] <= least * (1 + 1e-4), "page %zu weighs %g, one chosen %g", i,
+                  weight[i], least);
+    }
+}
+
+static void check_mass(const world *w, const uint32_t *which) {
+    size_t n = w->n_chosen * IBIDI_CU_PAGE, all = w->last * IBIDI_CU_PAGE;
+    if (w->last == 0) return;
+    float *chosen = fx_normals(n, 1), *before = fx_normals(all, 1);
+    float *got = calloc(all, sizeof *got);
+    float *d_chosen = fx_up(chosen, n * 4), *d_mass = fx_up(before, all * 4);
+    MUST(ibidi_cu_spread_mass(fx.s, w->d.which, w->n_chosen, w->last, d_chosen, d_mass));
+    fx_down(got, d_mass, all * 4);
+    for (size_t i = 0; i < w->n_chosen; i++)
+        for (size_t j = 0; which[i] < w->last && j < IBIDI_CU_PAGE; j++)
+            before[which[i] * IBIDI_CU_PAGE + j] += chosen[i * IBIDI_CU_PAGE + j];
+    CHECK(memcmp(before, got, all * sizeof *got) == 0, "mass went elsewhere");
+    fx_free(d_chosen);
+    fx_free(d_mass);
+    free(chosen);
+    free(before);
+    free(got);
+}
+
+static void one(size_t round) {
+    static world w;
+    make(&w, round);
+    fill(&w);
+    upload(&w);
+    size_t kv = w.m.n_kv_heads, slots = kv * w.n_chosen, first = fx_below(w.n + 1);
+    float *q = fx_up(w.q, w.m.n_heads * w.m.head_dim * 4);
+    uint16_t *sums = calloc(kv * MAX_PAGES * w.width, 2);
+    ibidi_cu_page *pages = calloc(slots, sizeof *pages);
+    uint32_t *cells = calloc(slots, 4), *which = calloc(slots, 4), read[HEADS];
+    MUST(ibidi_cu_summarise(fx.s, &w.m, &w.d, first, w.n)); /* in two goes */
+    MUST(ibidi_cu_summarise(fx.s, &w.m, &w.d, 0, first));
+    MUST(ibidi_cu_choose(fx.s, &w.m, &w.d, q));
+    fx_down(sums, w.d.summaries, kv * MAX_PAGES * w.width * 2);
+    fx_down(pages, w.d.pages, slots * sizeof *pages);
+    fx_down(cells, w.d.cells, slots * 4);
+    fx_down(which, w.d.which, slots * 4);
+    fx_down(read, w.d.read, kv * 4);
+    check_summaries(&w, sums);
+    for (size_t h = 0; h < kv; h++)
+        check_chosen(&w, h, sums, pages + h * w.n_chosen, cells + h * w.n_chosen,
+                     which + h * w.n_chosen, read[h]);
+    check_mass(&w, which);
+    fx_free(q);
+    free(sums);
+    free(pages);
+    free(cells);
+    free(which);
+    drop(&w);
+}
+
+int main(int argc, char **argv) {
+    uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 10) : 7001;
+    size_t rounds = argc > 2 ? strtoul(argv[2], NULL, 10) : 24;
+    fx_start(seed);
+    for (size_t i = 0; i < rounds; i++) one(i);
+    printf("seed %llu: %zu shapes\n", (unsigned long long)seed, rounds);
+    fx_stop();
+    return 0;
+}
