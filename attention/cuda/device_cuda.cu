@@ -55,7 +55,10 @@ extern "C" ibid_err ibidi_device_check(int code, const char *what) {
     if (e == cudaSuccess) return IBID_OK;
     (void)cudaGetLastError(); /* or the next launch reports it again */
     if (e == cudaErrorMemoryAllocation)
-        return ibid_fail(IBID_NOMEM, "GPU: %s: out of device memory", what);
+        return ibid_fail(IBID_NOMEM,
+                         "GPU: %s: out of device memory; give the KV pool less (--gpu-pool), or ask "
+                         "over fewer blocks",
+                         what);
     if (is_sticky(e)) {
         lost = true;
         return ibid_fail(IBID_BACKEND, "GPU lost: %s: %s (%d)", what, cudaGetErrorString(e), code);

@@ -190,7 +190,9 @@ static ibid_err open_pool(struct ibidi_gpu *g, size_t bytes) {
         if (!err) err = ibid_device_event_open(g->d, &g->stages[i].done);
     }
     if (err) return err;
-    return ibidi_pages_open(g->d, g->work, cell, bytes / cell, 2 * g->m->n_layers, &g->pages);
+    err = ibidi_pages_open(g->d, g->work, cell, bytes / cell, 2 * g->m->n_layers, &g->pages);
+    if (!err) g->pool_bytes = ibidi_pages_look(g->pages).cells * cell;
+    return err;
 }
 
 ibid_err ibidi_gpu_open(const ibid_model *m, const ibid_engine_opts *o, ibid_pool *pool,
@@ -237,7 +239,7 @@ void ibidi_gpu_note(struct ibidi_gpu *g) {
 void ibidi_gpu_look(const struct ibidi_gpu *g, ibid_engine_gpu *out) {
     (void)snprintf(out->name, sizeof out->name, "%s", g->name);
     out->memory = g->memory;
-    out->pool = ibidi_pages_look(g->pages).cells * ibidi_pages_cell_bytes(g->pages);
+    out->pool = g->pool_bytes;
     out->pool_used = g->noted.used;
     out->hits = g->noted.hits;
     out->misses = g->noted.misses;

@@ -78,7 +78,7 @@ struct ibidi_gpu {
     size_t stage_bytes, stage, staged;
 
     char name[64];
-    size_t memory;
+    size_t memory, pool_bytes;
     struct {
         _Atomic uint64_t used, hits, misses, evicted, graph_steps;
     } noted; /* for whoever looks from another thread */

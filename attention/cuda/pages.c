@@ -116,7 +116,8 @@ static ibid_err make_room(ibidi_pages *p, size_t n) {
     return ibid_fail(
         IBID_NOMEM,
         "the GPU's KV pool is full: %zu pages wanted, %zu free, %zu in all, the rest in use; ask "
-        "fewer questions at once, or over fewer blocks, or give the pool more memory",
+        "fewer questions at once, or over fewer blocks, or give the pool more memory "
+        "(--gpu-pool)",
         n, p->n_free, p->stats.cells);
 }
 

@@ -487,6 +487,55 @@ static void test_faults(void) {
     printf("%zu failing calls reported\n", failed);
 }
 
+/* The second of three like steps is recorded: a call that fails meanwhile leaves the step to run
+ * launch by launch, or fails it, and then it can be taken again. */
+static void test_recording_faults(void) {
+    ibid_test_gguf spec = spec_of(1);
+    size_t failed = 0, refused = 0;
+    world w;
+    spec.n_layers = 1;
+    open_model(&w, &spec);
+    for (uint64_t nth = 0;; nth++) {
+        ibid_engine_opts o = {.n_threads = 1,
+                              .backend = IBID_BACKEND_CUDA,
+                              .gpu_memory = 1 << 20,
+                              .gpu_no_graphs = nth == 0};
+        static float want[3][VOCAB];
+        float got[3][VOCAB];
+        ibid_engine_gpu look;
+        ibid_seq *s = NULL;
+        ibid_err err;
+        uint64_t left = 0;
+        MUST(ibid_engine_open(w.m, &o, &w.gpu));
+        MUST(ibid_seq_open(w.gpu, 8, &s));
+        for (uint32_t i = 0; i < 3; i++) {
+            int32_t token = token_at(i);
+            ibid_step step = {.seq = s, .tokens = &token, .positions = &i, .n = 1, .n_logits = 1};
+            step.logits = got[i];
+            if (i == 1) ibidi_emulator_fail_at(nth, false);
+            err = ibid_engine_forward(w.gpu, &step, 1, NULL);
+            if (i == 1) left = ibidi_emulator_failing();
+            ibidi_emulator_fail_at(0, false);
+            if (!err) continue;
+            CHECK(i == 1 && err == IBID_BACKEND, "step %u: %s", i, ibid_err_text(err));
+            failed++;
+            MUST(ibid_engine_forward(w.gpu, &step, 1, NULL));
+        }
+        if (nth == 0) memcpy(want, got, sizeof want);
+        CHECK(memcmp(got, want, sizeof want) == 0, "after call %llu failed, steps differ",
+              (unsigned long long)nth);
+        CHECK(ibid_engine_gpu_look(w.gpu, &look), "no GPU");
+        refused += nth && look.graph_steps == 0;
+        ibid_seq_close(s);
+        ibid_engine_close(w.gpu);
+        if (left) break; /* so many calls are never made */
+    }
+    CHECK(failed > 2 && refused > 3, "%zu failed, %zu were not recorded", failed, refused);
+    CHECK(ibidi_emulator_in_use() == 0, "device memory leaks");
+    ibid_model_close(w.m);
+    printf("%zu steps failed while recorded, %zu ran without\n", failed, refused);
+}
+
 /* A pool too small for all blocks at once: those of before make room; too small for one question: a
  * typed error, and the next smaller one is answered. */
 static void test_small_pool(void) {
@@ -524,16 +573,18 @@ int main(int argc, char **argv) {
     MUST(err);
     (void)argv;
     if (argc > 1) models = 6;
+    (void)setvbuf(stdout, NULL, _IOLBF, 0);
     ibid_device_close(d);
     printf("%s\n", ibid_device_library());
-    test_plain();
-    test_stored();
-    test_decoding();
     test_pool();
 #ifdef IBIDI_EMULATED
+    test_recording_faults();
     test_faults();
     test_small_pool();
 #endif
+    test_decoding();
+    test_stored();
+    test_plain();
     printf("all passed\n");
     return 0;
 }

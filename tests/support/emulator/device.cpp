@@ -48,6 +48,10 @@ extern "C" void ibidi_emulator_fail_at(uint64_t nth, bool device_lost) {
     fail_lost = device_lost;
 }
 
+extern "C" uint64_t ibidi_emulator_failing(void) {
+    return fail_at;
+}
+
 extern "C" uint64_t ibidi_emulator_uploaded(void) {
     return uploaded;
 }

@@ -15,6 +15,7 @@ size_t ibidi_emulator_in_use(void); /* bytes allocated now */
 /* The nth call from now on that can fail, does (1: the next one); 0: none. lost: the device is gone
  * with it until it is opened again. */
 void ibidi_emulator_fail_at(uint64_t nth, bool lost);
+uint64_t ibidi_emulator_failing(void); /* calls until then, 0 if it has failed */
 uint64_t ibidi_emulator_uploaded(void); /* bytes so far */
 /* 0: threads in order; else shuffled by this seed, and anew at each barrier. */
 void ibidi_emulator_order(uint64_t seed);
