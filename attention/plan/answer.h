@@ -46,8 +46,8 @@ enum { IBID_ANSWER_TEXT_MAX = 4 * 1024 * 1024 };
  * text. */
 ibid_err ibid_answer_run(const ibid_reader *r, const ibid_answer_plan *p, ibid_answered *out);
 /* Share that `auto` stands for in a generated answer: one block is exact as it is stored. Of 50
- * XQuAD questions the default model's answers hold the gold answer, at shares of 0.15, 0.3, 0.5 and 1, for 38, 40, 38
- * and 36 % with two blocks, and for 38, 40, 46 and 44 % with three. */
+ * XQuAD questions the default model's answers hold the gold answer, at shares of 0.15, 0.3, 0.5 and
+ * 1, for 38, 40, 38 and 36 % with two blocks, and for 38, 40, 46 and 44 % with three. */
 double ibid_recompute_auto(size_t n_blocks);
 
 /* Turns bytes of tokens into whole characters. Bytes that are no UTF-8 become U+FFFD. Leading white

@@ -22,8 +22,8 @@ typedef struct page {
     size_t n_asked;
     double total, most; /* of the weights; the best sentence's evidence */
     ibid_wants wants;
-    bool whole_dates; /* the question does not ask for a date's part */
-    bool whose;       /* "Barnes's" may be the answer */
+    unsigned measures; /* what quantities the question asks for */
+    ibidi_cuts cuts;
 } page;
 
 /* ---- The question ---- */
@@ -68,9 +68,10 @@ static bool asks_what(const char *q, const char *kinds) {
 }
 
 ibid_wants ibid_question_wants(ibid_str question) {
-    static const char *const many[] = {" how many ", " how much ",  " how long ", " how old ",
-                                       " how far ",  " how large ", " how big ",  " how tall ",
-                                       " how high ", " how fast ",  " how often "};
+    static const char *const many[] = {" how many ", " how much ",  " how long ",  " how old ",
+                                       " how far ",  " how large ", " how big ",   " how tall ",
+                                       " how high ", " how fast ",  " how often ", " how wide ",
+                                       " how deep ", " how heavy ", " how thick ", " how strong "};
     char q[QUESTION_BYTES];
     plain_words(question, q, sizeof q);
     if (HAS_ONE(q, many)) return IBID_WANTS_NUMBER;
@@ -96,10 +97,11 @@ static bool begins_with_one(const char *text, const char *const *phrases, size_t
 
 bool ibid_question_wants_fact(ibid_str question) {
     static const char *const facts[] = {
-        " what ",      " which ",    " who ",      " whom ",     " whose ",    " when ",
-        " where ",     " how many ", " how much ", " how long ", " how old ",  " how far ",
-        " how large ", " how big ",  " how tall ", " how high ", " how fast ", " how often ",
-        " how did ",   " how was ",  " how were ", " how is ",   " how are ",  " name "};
+        " what ",      " which ",    " who ",       " whom ",      " whose ",      " when ",
+        " where ",     " how many ", " how much ",  " how long ",  " how old ",    " how far ",
+        " how large ", " how big ",  " how tall ",  " how high ",  " how fast ",   " how often ",
+        " how wide ",  " how deep ", " how heavy ", " how thick ", " how strong ", " how did ",
+        " how was ",   " how were ", " how is ",    " how are ",   " name "};
     static const char *const talk[] = {
         " why ", " how do ", " how does ", " how can ", " how should ", " summary of ", " summary ",
         " tell me about ", " tell me more ", " overview ", " in detail ", " step by step ",
@@ -120,12 +122,36 @@ bool ibid_question_wants_fact(ibid_str question) {
     return !HAS_ONE(q, talk) && HAS_ONE(q, facts);
 }
 
+static unsigned asked_measures(const char *q) {
+    static const struct {
+        unsigned of;
+        const char *words[12];
+    } asks[] = {
+        {OF_LENGTH,
+         {" how tall ", " how high ", " how wide ", " how deep ", " how far ", " how long ",
+          " height ", " length ", " distance ", " width ", " depth "}},
+        {OF_TIME, {" how long ", " how old ", " duration ", " age "}},
+        {OF_MONEY,
+         {" cost ", " costs ", " price ", " paid ", " pay ", " worth ", " spend ", " spent ",
+          " money ", " revenue ", " salary ", " income "}},
+        {OF_SHARE, {" percent ", " percentage ", " proportion ", " share ", " fraction "}},
+        {OF_WEIGHT, {" how heavy ", " weight ", " weigh ", " mass "}},
+    };
+    unsigned m = 0;
+    for (size_t i = 0; i < sizeof asks / sizeof *asks; i++)
+        for (size_t k = 0; k < 12 && asks[i].words[k]; k++)
+            if (has(q, asks[i].words[k])) m |= asks[i].of;
+    return m;
+}
+
 static void read_question(page *p, ibid_str question) {
     char q[QUESTION_BYTES];
     plain_words(question, q, sizeof q);
     p->wants = ibid_question_wants(question);
-    p->whose = has(q, " whose ");
-    p->whole_dates = !asks_what(q, " year years month day decade century ");
+    p->measures = asked_measures(q);
+    p->cuts = (ibidi_cuts){.parts = asks_what(q, " year years month day decade century "),
+                           .manner = p->wants == IBID_WANTS_MANNER,
+                           .whose = has(q, " whose ")};
     for (size_t at = 0; at < question.n;) {
         if (ibidi_is_space(question.s[at])) {
             at++;
@@ -196,6 +222,7 @@ static bool hit_between(const ibidi_word *w, size_t from, size_t to) {
 typedef struct inside { /* of a span's words */
     unsigned any, all;  /* of the content words' kinds */
     unsigned any_word;  /* of all words' */
+    unsigned measures;
     size_t content, hits, first, last;
 } inside;
 
@@ -203,6 +230,7 @@ static inside look_inside(const ibidi_word *w, size_t i, size_t j) {
     inside in = {.all = ~0U};
     for (size_t k = i; k <= j; k++) {
         in.any_word |= w[k].is;
+        in.measures |= w[k].measures;
         if (!(w[k].is & IS_WORD)) in.any_word |= JOINS; /* a comma */
         if (!(w[k].is & IS_WORD) || w[k].is & STOP) continue;
         if (in.content++ == 0) in.first = k;
@@ -281,6 +309,8 @@ static void features(const page *p, const ibidi_sentence *s, size_t i, size_t j,
     f[26] = (in->any_word & PREP) != 0;
     f[27] = (in->any_word & VERB) != 0;
     f[28] = s->start == 0;
+    f[37] = (in->measures & p->measures) != 0;
+    f[38] = p->measures && in->measures && !(in->measures & p->measures);
     f[36] = (float)s->text; /* how far down the list of texts */
     of_kind(p->texts[s->text].s, w, i, j, in,
             f + IBID_EXTRACT_COMMON + (size_t)p->wants * IBID_EXTRACT_OF_KIND);
@@ -297,11 +327,12 @@ static ibid_err spans_from(const page *p, const ibidi_sentence *s, size_t i, vis
     ibid_err e = IBID_OK;
     for (size_t j = i; !e && j < s->n_words && j < i + IBID_EXTRACT_WORDS_MAX; j++) {
         if (w[j].is & BREAKS) break;
-        if (!ibidi_cut_well(w, s->n_words, i, j, p->whole_dates)) continue;
+        if (!ibidi_cut_well(w, s->n_words, i, j, &p->cuts)) continue;
         inside in = look_inside(w, i, j);
         ibid_span span = {.block = s->text,
                           .start = w[i].start,
-                          .end = p->whose ? w[j].end : ibidi_cut_end(p->texts[s->text].s, &w[j]),
+                          .end =
+                              p->cuts.whose ? w[j].end : ibidi_cut_end(p->texts[s->text].s, &w[j]),
                           .sentence_start = s->start,
                           .sentence_end = s->end,
                           .evidence = s->evidence};

@@ -14,7 +14,7 @@
 enum {
     IBID_EXTRACT_WORDS_MAX = 8, /* of a span */
     IBID_EXTRACT_KINDS = 6,     /* of questions */
-    IBID_EXTRACT_COMMON = 37,   /* features that all kinds share */
+    IBID_EXTRACT_COMMON = 39,   /* features that all kinds share */
     IBID_EXTRACT_OF_KIND = 12,
     IBID_EXTRACT_FEATURES = IBID_EXTRACT_COMMON + IBID_EXTRACT_KINDS * IBID_EXTRACT_OF_KIND
 };

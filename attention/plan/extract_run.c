@@ -15,9 +15,9 @@
 typedef struct weights {
     double text, first, rest, stop, token, surprise;
 } weights;
-static const weights early = {0.753, 0.029, 0, 0, -0.002, -0.493},
-                     late = {0.499, 0.029, 0.071, 0.079, 0.050, -0.482};
-static const double by_word = 0.1;
+static const weights early = {0.750, 0.028, 0, 0, -0.002, -0.510},
+                     late = {0.513, 0.039, 0.072, 0.069, 0.053, -0.437};
+static const double by_word = 0.15;
 
 enum { GROUP_MAX = 12, GROUP_ROWS = 128 }; /* starts and rows that pass the model together */
 

@@ -75,6 +75,31 @@ static bool joins(int32_t c) {
     return c == '.' || c == ',' || c == '\'' || c == '-' || c == '/' || c == 0x2019 || c == 0x2013;
 }
 
+static const char into[] = " of in on at to from by with for into as ";
+static const char lengths[] =
+    " mm cm km millimetres millimeters centimetres centimeters metre meter metres meters kilometre "
+    "kilometer kilometres kilometers inch inches foot feet ft yard yards mile miles mi nautical ";
+static const char times[] =
+    " second seconds minute minutes hour hours day days week weeks month months year years decade "
+    "decades century centuries millennia ";
+static const char moneys[] = " dollar dollars euro euros cents pence yen franc francs mark marks "
+                             "ruble rubles rupee rupees usd "
+                             "eur gbp ";
+static const char shares[] = " % percent percentage per ";
+static const char weights[] = " gram grams kg kilogram kilograms milligrams mg tonne tonnes ton "
+                              "tons pounds lb lbs ounce ounces "
+                              "oz ";
+
+static unsigned measures_of(int32_t first, const char *low, size_t n) {
+    unsigned m = 0;
+    if (ibidi_listed(lengths, low, n)) m |= OF_LENGTH;
+    if (ibidi_listed(times, low, n)) m |= OF_TIME;
+    if (ibidi_listed(moneys, low, n) || (is_money(first) && first != '%')) m |= OF_MONEY;
+    if (ibidi_listed(shares, low, n) || (n > 1 && low[n - 1] == '%')) m |= OF_SHARE;
+    if (ibidi_listed(weights, low, n)) m |= OF_WEIGHT;
+    return m;
+}
+
 static bool all_capitals(const char *s, size_t n) {
     size_t len;
     for (size_t at = 0; at < n; at += len)
@@ -151,6 +176,8 @@ static void classify(ibidi_word *w, const char *text) {
     if (capital && n == 2 && low[1] == '.') w->is |= INITIAL;
     if (is_money(c) && c != '%' && bytes == len) w->is |= CURRENCY;
     if (capital) w->is |= CAPITAL;
+    if (ibidi_listed(into, low, n)) w->is |= IN;
+    w->measures = measures_of(c, low, n);
     if ((c >= '0' && c <= '9') || (is_money(c) && c != '%')) w->is |= DIGIT;
     if (is_year(s, bytes)) w->is |= YEAR;
     if (ends_with(low, n, "ly")) w->is |= LY;
@@ -248,7 +275,7 @@ static void look_around(const char *text, ibidi_word *w, size_t n) {
             w[k].is &= ~(unsigned)(STOP | ARTICLE | LEADS);
         /* "US", "WHO" */
         if (w[k].end - w[k].start > 1 && all_capitals(text + w[k].start, w[k].end - w[k].start))
-            w[k].is &= ~(unsigned)(STOP | LEADS | VERB | PREP | JOINS);
+            w[k].is &= ~(unsigned)(STOP | LEADS | IN | VERB | PREP | JOINS);
     }
     for (size_t k = 0; k + 1 < n; k++) {
         ibid_str a = {text + w[k].start, w[k].end - w[k].start};

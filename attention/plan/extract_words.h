@@ -29,11 +29,21 @@ enum { /* what a word is */
        INITIAL = 1 << 18, /* "J." */
        COMMA = 1 << 19,
        CURRENCY = 1 << 20, /* "$" on its own */
+       IN = 1 << 21,       /* in, at, ... : says nothing of its own before an answer */
+};
+
+enum { /* what a quantity is of; a question may ask for several */
+       OF_LENGTH = 1,
+       OF_TIME = 2,
+       OF_MONEY = 4,
+       OF_SHARE = 8,
+       OF_WEIGHT = 16,
 };
 
 typedef struct ibidi_word {
     size_t start, end;
     unsigned is;
+    unsigned measures;              /* what the word is a measure of: metres, $5, 3% */
     uint64_t part[IBIDI_PARTS_MAX]; /* stems: "well-known" has two */
     size_t n_parts;
     double hit; /* weight of the question's word it is, or 0 */
@@ -57,10 +67,16 @@ void ibidi_words_fini(ibidi_words *p);
 /* The word or mark at `at`, which is no white space. end: of its sentence. */
 ibidi_word ibidi_word_at(const char *text, size_t at, size_t end);
 
+typedef struct ibidi_cuts {
+    bool parts;  /* the question asks for a part of a date */
+    bool manner; /* or how something is done: "by boat" */
+    bool whose;  /* or whose: "Barnes's" */
+} ibidi_cuts;
+
 /* Whether a span may be words [i, j] of the n of a sentence: it begins and ends with a word of
- * content, keeps a number with its unit and (whole_dates) a date whole, and holds more than words
- * of the question and a verb at either end. */
-bool ibidi_cut_well(const ibidi_word *w, size_t n, size_t i, size_t j, bool whole_dates);
+ * content, keeps a number with its unit and a date whole, and holds more than words of the question
+ * and a verb at either end. */
+bool ibidi_cut_well(const ibidi_word *w, size_t n, size_t i, size_t j, const ibidi_cuts *c);
 /* Where a span that ends with the word ends in the text: before a possessive's 's. */
 size_t ibidi_cut_end(const char *text, const ibidi_word *w);
 

@@ -22,6 +22,7 @@ static void wants(void **state) {
         bool fact;
     } cases[] = {
         {"How many sheep were sold in 1911?", IBID_WANTS_NUMBER, true},
+        {"How deep is the well?", IBID_WANTS_NUMBER, true},
         {"What percentage of the wool was white?", IBID_WANTS_NUMBER, true},
         {"When did the ferry stop running?", IBID_WANTS_TIME, true},
         {"In what year was the pier built?", IBID_WANTS_TIME, true},
@@ -98,6 +99,26 @@ static void order(void **state) {
     assert_first("On which day was the market held?", "Mondays");
 }
 
+/* Of several quantities in one sentence the kind that is asked for comes first. */
+static void quantities(void **state) {
+    static const char *const text =
+        "The tower is 31 metres tall, cost $1.2 million and took 4 years to build.";
+    static const char *const asks[][2] = {{"How tall is the tower?", "31 metres"},
+                                          {"How much did the tower cost?", "$1.2 million"}};
+    (void)state;
+    for (size_t k = 0; k < sizeof asks / sizeof *asks; k++) {
+        ibid_span s[64];
+        size_t n = spans(asks[k][0], &text, 1, 64, s), at = 0;
+        while (at < n && !is(&s[at], &text, asks[k][1])) at++;
+        assert_true(at < n);
+        for (size_t i = 0; i < at; i++) {
+            print_message("%s before: %.*s\n", asks[k][0], (int)(s[i].end - s[i].start),
+                          text + s[i].start);
+            assert_false(is(&s[i], &text, asks[1 - k][1]) || is(&s[i], &text, "4 years"));
+        }
+    }
+}
+
 /* Whether a text's spans hold exactly this one. */
 static bool cut(const char *question, const char *text, const char *want) {
     static ibid_span s[4096];
@@ -129,6 +150,9 @@ static void cuts(void **state) {
         {"Which band played?", "That night The Herons played.", "The Herons", "night The"},
         {"Which band played?", "That night the herons played.", "herons", "the herons"},
         {"Who was it?", "It was Barnes's brother.", "Barnes", "Barnes's"},
+        {"When did it open?", "It opened on 3 May 1911 in rain.", "3 May 1911", "on 3 May 1911"},
+        {"In what year did it open?", "It opened on 3 May 1911.", "1911", "May 1911"},
+        {"How long did he stay?", "He stayed for 27 years.", "27 years", "for 27 years"},
         {"What is the light?", "It is a lamp and a bell.", "lamp", "and a bell"},
     };
     (void)state;
@@ -142,6 +166,7 @@ static void cuts(void **state) {
     assert_true(cut("In what year did it open?", "It opened on 3 May 1911 in rain.", "1911"));
     assert_true(cut("In which month did it open?", "It opened on 3 May 1911.", "May"));
     assert_true(cut("How many metres tall is it?", "The tower is 31 metres tall.", "31"));
+    assert_true(cut("How did they come?", "They came by boat.", "by boat"));
     assert_true(cut("Whose hat was it?", "It was Barnes's hat.", "Barnes's"));
     assert_true(cut("What do they need?", "All of them need vitamin A daily.", "vitamin A"));
     assert_true(cut("When did it open?", "It opened in May after all.", "May"));
@@ -155,7 +180,7 @@ static void sentences(void **state) {
     size_t n = spans("Who finished the lighthouse?", one, 1, 512, s);
     bool with_brothers = false;
     (void)state;
-    assert_true(n > 100);
+    assert_true(n > 50);
     for (size_t i = 0; i < n; i++) {
         assert_true(skerry[s[i].sentence_end - 1] == '.');
         if (is(&s[i], one, "1874"))
@@ -219,9 +244,9 @@ static void around(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(wants),        cmocka_unit_test(order),     cmocka_unit_test(cuts),
-        cmocka_unit_test(sentences),    cmocka_unit_test(odd_texts), cmocka_unit_test(around),
-        cmocka_unit_test(random_texts),
+        cmocka_unit_test(wants),      cmocka_unit_test(order),        cmocka_unit_test(cuts),
+        cmocka_unit_test(quantities), cmocka_unit_test(sentences),    cmocka_unit_test(odd_texts),
+        cmocka_unit_test(around),     cmocka_unit_test(random_texts),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

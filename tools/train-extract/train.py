@@ -36,7 +36,7 @@ parser.add_argument("--weights", help="write the C file of the text's weights he
 parser.add_argument("--penalty", type=float, default=30.0)
 parser.add_argument("--folds", type=int, default=5)
 parser.add_argument("--spans-read", type=int, nargs="+", default=[12])
-parser.add_argument("--by-word", type=float, nargs="+", default=[0.1])
+parser.add_argument("--by-word", type=float, nargs="+", default=[0.15])
 args = parser.parse_args()
 
 
