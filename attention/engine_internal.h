@@ -52,6 +52,7 @@ struct ibid_seq {
     struct ibidi_gpu_seq *gpu; /* its pages there; pages is empty then (attention/cuda/gpu.h) */
     struct ibidi_pick *pick;   /* NULL until a step selects */
     bool picks;                /* the running forward's step does */
+    size_t live_kept;          /* of the live rows that the GPU's summaries know, those that stayed */
 };
 
 /* The rows of one step that are in the chunk: rows [row0, row0 + n) of the step lie at [at, at + n)

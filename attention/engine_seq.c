@@ -121,6 +121,7 @@ size_t ibid_seq_live_count(const ibid_seq *s) {
 void ibid_seq_truncate(ibid_seq *s, size_t count) {
     if (count >= s->n_live) return;
     s->n_live = count;
+    if (count < s->live_kept) s->live_kept = count;
     ibidi_pick_truncate(s);
 }
 

@@ -250,10 +250,10 @@ void ibidi_gpu_look(const struct ibidi_gpu *g, ibid_engine_gpu *out) {
 void ibidi_gpu_close(struct ibidi_gpu *g) {
     if (!g) return;
     if (g->d) {
-        ibidi_gpu_room *rooms[] = {&g->weights,  &g->x,       &g->y,     &g->h,
-                                   &g->h_scale,  &g->y_scale, &g->q,     &g->tables,
-                                   &g->turned,   &g->acc,     &g->state, &g->lse,
-                                   &g->unpacked, &g->logits,  &g->mass,  &g->drawn};
+        ibidi_gpu_room *rooms[] = {&g->chosen,  &g->weights, &g->x,   &g->y,        &g->h,
+                                   &g->h_scale, &g->y_scale, &g->q,   &g->tables,   &g->turned,
+                                   &g->acc,     &g->state,   &g->lse, &g->unpacked, &g->logits,
+                                   &g->mass,    &g->drawn};
         if (g->work) (void)ibid_device_sync(g->d, g->work);
         if (g->copy) (void)ibid_device_sync(g->d, g->copy);
         for (size_t i = 0; i < sizeof rooms / sizeof *rooms; i++)

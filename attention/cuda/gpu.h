@@ -6,6 +6,7 @@
  * gpu.c          opening: weights, the pool, scratch
  * gpu_seq.c      a sequence's pages: blocks pinned, live cells, tables; reading pages back
  * gpu_load.c     stored KV to the pool, layer by layer, through pinned staging
+ * gpu_select.c   rows that read a share of their context
  * gpu_forward.c  a pass
  * gpu_graph.c    decoding passes, recorded and run again */
 #ifndef IBID_ATTENTION_CUDA_GPU_H
@@ -15,6 +16,7 @@
 #include "attention/cuda/launch.h"
 #include "attention/cuda/pages.h"
 #include "attention/cuda/plan.h"
+#include "attention/cuda/select.h"
 #include "attention/engine_internal.h"
 
 enum {
@@ -84,8 +86,8 @@ struct ibidi_gpu {
     } noted; /* for whoever looks from another thread */
 
     /* Of a pass. */
-    ibidi_gpu_room x, y, h, h_scale, y_scale, q, tables, turned, acc, state, lse, unpacked, logits,
-        mass, drawn;
+    ibidi_gpu_room chosen, x, y, h, h_scale, y_scale, q, tables, turned, acc, state, lse, unpacked,
+        logits, mass, drawn;
     uint32_t *host_drawn; /* pinned, [IBIDI_GPU_LOGITS] */
     ibidi_gpu_graph graphs[IBIDI_GPU_GRAPHS];
     uint64_t graph_clock;
@@ -108,6 +110,9 @@ struct ibidi_gpu_seq {
     size_t uploaded_bytes;
     ibidi_cu_seq view; /* into the table */
     size_t n_turns;
+    ibidi_gpu_room summaries; /* [n_layers, n_kv_heads, summary_room, width] f16 */
+    size_t summary_room, summary_blocks;
+    size_t *summed;  /* [n_layers] pages whose summaries are there */
     uint8_t *mirror; /* pages of a layer read back */
     size_t mirror_bytes, mirror_page0, mirror_layer;
 };
@@ -135,6 +140,32 @@ const uint8_t *ibidi_gpu_page(const ibid_seq *s, size_t page, size_t layer, size
 /* Begins to bring what is missing of a step's stored KV at a layer; work waits for it. */
 ibid_err ibidi_gpu_load(struct ibidi_gpu *g, const ibid_step *step, size_t layer);
 ibid_err ibidi_gpu_loaded(struct ibidi_gpu *g);
+
+/* ---- gpu_select.c ---- */
+/* What a part of one row that selects needs in a pass. */
+typedef struct ibidi_gpu_choice {
+    ibid_select *select; /* NULL: it reads everything */
+    ibid_seq *seq;
+    ibidi_cu_choosing c; /* without layer and summaries, which each layer has its own of */
+    float *mass;         /* [n_chosen, 64] of a kv head */
+    uint64_t seen, last_tokens;
+} ibidi_gpu_choice;
+/* Whether a step selects, whose sequence is ready, and among what. */
+ibid_err ibidi_gpu_choice_plan(struct ibidi_gpu *g, const ibid_step *step, ibidi_gpu_choice *c);
+/* Gives n choices their scratch and seqs [n, n_kv_heads] what they will have chosen. */
+ibid_err ibidi_gpu_choices_place(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_t n,
+                                 ibidi_cu_seq *seqs);
+/* Puts the choosing at a layer on the stream. q [n_heads, head_dim] of the row. */
+ibid_err ibidi_gpu_choose(struct ibidi_gpu *g, const ibidi_gpu_choice *c, size_t layer,
+                          const float *q);
+/* ibidi_cu_mass for a row that selects: of what it read, into mass [64 stored pages]. */
+ibid_err ibidi_gpu_choice_mass(struct ibidi_gpu *g, const ibidi_gpu_choice *c,
+                               const ibidi_cu_attend *a, const ibidi_cu_row *row,
+                               const uint64_t *d_heads, uint32_t row_lo, uint32_t row_hi,
+                               float *mass);
+/* After the pass: adds to the steps' counts. */
+ibid_err ibidi_gpu_choices_count(struct ibidi_gpu *g, const ibidi_gpu_choice *c, size_t n,
+                                 size_t n_layers);
 
 /* Puts a pass on the work stream: put(arg), or what it put there when it was recorded under an
  * equal key. put may be called once to run and once to be recorded; it must neither wait nor

@@ -21,6 +21,8 @@ typedef struct pass {
     struct ibidi_gpu *g;
     part *parts;
     ibidi_cu_piece *pieces;
+    ibidi_gpu_choice *choices; /* of the parts */
+    bool selects;              /* at least one of them */
     size_t n_parts, n_rows, n_layers;
     ibidi_cu_row *rows; /* in host_tables, as the next */
     ibidi_cu_seq *seqs;
@@ -98,7 +100,7 @@ static ibid_err make_tables(pass *p) {
     }
     n_items += ITEM_STEP;
     size_t rows = take(&l, p->n_rows, sizeof *p->rows);
-    seqs = take(&l, p->n_parts, sizeof *p->seqs);
+    seqs = take(&l, p->n_parts * (1 + g->m->n_kv_heads), sizeof *p->seqs); /* and choices' */
     cos = take(&l, p->n_rows * half, sizeof(float));
     sin = take(&l, p->n_rows * half, sizeof(float));
     heads = take(&l, p->n_parts * g->m->n_layers * p->words, sizeof *p->heads);
@@ -188,6 +190,8 @@ static void fill_tables(pass *p) {
                                         .n_turned = (uint32_t)q->n_turns + 1};
         p->pieces[i].last_position = p->rows[t->at + t->n - 1].position;
         p->pieces[i].last_live = p->rows[t->at + t->n - 1].live;
+        p->pieces[i].n_chosen = p->choices[i].c.n_chosen;
+        p->pieces[i].chosen_seq = (uint32_t)(p->n_parts + i * g->m->n_kv_heads);
         t->mass_at = p->n_mass_pages;
         if (!s->probe) continue;
         p->n_mass_pages += q->n_stored_pages;
@@ -258,6 +262,13 @@ static ibid_err probe(const pass *p, size_t layer) {
         if (hi > t->row0 + t->n) hi = t->row0 + t->n;
         if (lo >= hi) continue;
         const ibidi_cu_row *r = &p->rows[t->at];
+        if (p->choices[i].select) {
+            err = ibidi_gpu_choice_mass(g, &p->choices[i], &a, r,
+                                        p->d_heads + (i * g->m->n_layers + layer) * p->words,
+                                        (uint32_t)t->at, (uint32_t)t->at + 1,
+                                        (float *)g->mass.p + t->mass_at * IBIDI_CU_PAGE);
+            continue;
+        }
         err = ibidi_cu_mass(g->work, &g->shape, &a, r->tile0, r->tiles * g->m->n_kv_heads,
                             r->tile_rows == IBIDI_CU_TILE_FINE, t->step->seq->gpu->n_stored_pages,
                             p->d_heads + (i * g->m->n_layers + layer) * p->words,
@@ -272,6 +283,10 @@ static ibid_err attend(const pass *p, size_t layer) {
     const ibidi_cu_plan *plan = &g->plan;
     ibidi_cu_attend a = attend_args(p, layer);
     ibid_err err = IBID_OK;
+    for (size_t i = 0; p->selects && !err && i < p->n_parts; i++)
+        if (p->choices[i].select)
+            err = ibidi_gpu_choose(g, &p->choices[i], layer,
+                                   (const float *)g->q.p + p->parts[i].at * g->q_dim);
     for (int fine = 1; !err && fine >= 0; fine--) {
         size_t tile = fine ? 0 : plan->n_tiles[1];
         a.items = p->d_items + (fine ? 0 : plan->n_items[1]);
@@ -437,6 +452,7 @@ static bool all_loaded(const ibid_seq *s, size_t n_layers) {
 
 /* Decoding with all KV there: one row of each sequence. */
 static bool is_steady(const pass *p) {
+    if (p->selects) return false; /* what they launch grows with the context */
     if (p->g->no_graphs || p->n_rows != p->n_parts || p->n_rows > IBIDI_GPU_PARTS) return false;
     for (size_t i = 0; i < p->n_parts; i++)
         if (p->parts[i].n != 1 || !all_loaded(p->parts[i].step->seq, p->n_layers)) return false;
@@ -487,12 +503,27 @@ static ibid_err run_steady(const pass *p, const atomic_bool *cancel) {
     return err ? err : fetch_head(p, 0, p->n_wanted);
 }
 
+/* Before anything of the pass is put on the stream. */
+static ibid_err plan_choices(pass *p) {
+    ibid_err err = IBID_OK;
+    p->selects = false;
+    for (size_t i = 0; !err && i < p->n_parts; i++) {
+        err = ibidi_gpu_choice_plan(p->g, p->parts[i].step, &p->choices[i]);
+        p->selects |= p->choices[i].select != NULL;
+    }
+    return err;
+}
+
 /* Whatever happens, nothing of the pass is under way afterwards: pages may go to others then. */
 static ibid_err run_pass(pass *p, const atomic_bool *cancel) {
     struct ibidi_gpu *g = p->g;
-    ibid_err err = make_tables(p);
+    ibid_err err = plan_choices(p);
+    if (!err) err = make_tables(p);
     if (err) return err;
     fill_tables(p);
+    if (p->selects &&
+        (err = ibidi_gpu_choices_place(g, p->choices, p->n_parts, p->seqs + p->n_parts)))
+        return err;
     err = ibidi_cu_plan_make(&g->shape, p->pieces, p->n_parts, p->rows, &g->plan);
     bool steady = is_steady(p);
     if (!err && steady) err = ibidi_cu_plan_pad(&g->plan, ITEM_STEP);
@@ -502,6 +533,7 @@ static ibid_err run_pass(pass *p, const atomic_bool *cancel) {
     if (!err) err = steady ? run_steady(p, cancel) : run_layers(p, cancel);
     ibid_err copied = ibid_device_sync(g->d, g->copy), worked = ibid_device_sync(g->d, g->work);
     if (!err) err = copied ? copied : worked;
+    if (!err && p->selects) err = ibidi_gpu_choices_count(g, p->choices, p->n_parts, p->n_layers);
     return err ? err : give_masses(p);
 }
 
@@ -526,7 +558,9 @@ ibid_err ibidi_gpu_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,
     pass p = {.g = g, .words = (g->m->n_heads + 63) / 64};
     p.parts = ibid_calloc(n_steps ? n_steps : 1, sizeof *p.parts);
     p.pieces = ibid_calloc(n_steps ? n_steps : 1, sizeof *p.pieces);
-    if (!p.parts || !p.pieces) err = ibid_fail(IBID_NOMEM, "no memory for %zu steps", n_steps);
+    p.choices = ibid_calloc(n_steps ? n_steps : 1, sizeof *p.choices);
+    if (!p.parts || !p.pieces || !p.choices)
+        err = ibid_fail(IBID_NOMEM, "no memory for %zu steps", n_steps);
     for (size_t i = 0; !err && i < n_steps; i++)
         err = ibidi_gpu_seq_ready(g, steps[i].seq, steps[i].seq->base + steps[i].n);
     for (size_t i = 0, row = 0; !err && i < n_steps;) {
@@ -549,6 +583,7 @@ ibid_err ibidi_gpu_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,
     }
     ibid_free(p.parts);
     ibid_free(p.pieces);
+    ibid_free(p.choices);
     ibidi_gpu_note(g);
     return err;
 }

@@ -143,6 +143,8 @@ void ibidi_gpu_seq_close(struct ibidi_gpu *g, struct ibidi_gpu_seq *q) {
     for (size_t i = 0; i < q->n_blocks; i++) ibidi_pages_unpin(g->pages, q->blocks[i]);
     for (size_t i = 0; i < q->n_live * g->m->n_layers; i++) ibidi_pages_give(g->pages, q->live[i]);
     ibid_device_free(g->d, q->table.p);
+    ibid_device_free(g->d, q->summaries.p);
+    ibid_free(q->summed);
     ibid_free(q->blocks);
     ibid_free(q->live);
     ibid_free(q->pages);

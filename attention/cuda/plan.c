@@ -59,10 +59,15 @@ static ibid_err add_tile(const ibidi_cu_shape *m, const ibidi_cu_piece *p, ibidi
     ibid_err err = room((void **)&o->tiles, &o->tile_room, at + 1, sizeof *o->tiles);
     if (err) return err;
     pages_seen(p, &stored, &live);
+    if (p->n_chosen) {
+        stored = p->n_chosen;
+        live = p->first_live;
+    }
     size_t pages = stored + live - p->first_live;
     size_t work = pages * tiles_per_head(m, p, fine) * m->n_kv_heads;
     size_t each = (work + IBIDI_CU_BLOCKS - 1) / IBIDI_CU_BLOCKS, pairs = p->n * m->group;
     ibidi_cu_tile t = {.seq = p->seq, .kv_head = (uint32_t)head, .row0 = p->row0};
+    if (p->n_chosen) t.seq = p->chosen_seq + (uint32_t)head;
     t.pair0 = (uint32_t)(number * rows);
     t.n = (uint32_t)(pairs - t.pair0 < rows ? pairs - t.pair0 : rows);
     t.turned0 = (uint32_t)o->n_turned;

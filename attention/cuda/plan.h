@@ -20,6 +20,9 @@ typedef struct ibidi_cu_piece {
     uint32_t first_live;        /* pages before are stored ones */
     uint32_t n_turned;          /* ways its queries are turned, with not at all */
     uint32_t last_position, last_live; /* of its last row */
+    /* Not 0: of one row that has chosen so many pages at each kv head, those of sequence chosen_seq
+     * + kv head. */
+    uint32_t n_chosen, chosen_seq;
 } ibidi_cu_piece;
 
 /* Fine tiles come first, and fine items. */

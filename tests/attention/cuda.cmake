@@ -39,6 +39,8 @@ endfunction()
 ibid_cuda_test(rows SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/test_rows.c LIBS ibid_model)
 ibid_cuda_test(attention SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/test_attention.c GPU_ARGS 6002 288)
 ibid_cuda_test(select SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/test_select.c GPU_ARGS 7002 200)
+ibid_cuda_test(select_model SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/test_select_model.c
+  ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c LIBS ibid_model)
 ibid_cuda_test(model SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/test_model.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c
   GPU_ARGS all)
 # Numbers are measured by tools/gpu-check; here only that it runs.

@@ -3,22 +3,23 @@
  * divergence of the next token's distribution in nats, the share of equal likeliest tokens, both
  * perplexities, and milliseconds per token.
  *
- * usage: bench_select MODEL.gguf TEXT [TOKENS [STEPS [BLOCK [SKIP]]]]
+ * usage: bench_select MODEL.gguf TEXT [TOKENS [STEPS [BLOCK [SKIP [THREADS]]]]]
  *
  * TOKENS tokens of TEXT from token SKIP on are stored as q8_0, in blocks of BLOCK tokens encoded
  * each by itself behind the model's prefix, or, if BLOCK is 0, as one causal pass leaves them. The
  * STEPS tokens that follow in the text are then given one by one, to full attention and to each
  * share, each with its own live KV. Times: the least of three runs of the steps, without measuring
- * recall; runs of all shares alternate. */
+ * recall; runs of all shares alternate. With THREADS 1 they are the processor's time, which a busy
+ * machine changes little. */
 #include "attention/plan/encode.h"
 #include "attention/plan/gate.h"
 #include "attention/plan/prompt.h"
 #include "attention/plan/recompute.h"
-#include "rpc/base/clock.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 enum { RUNS = 3 };
 static const double shares[] = {1, 0.05, 0.1, 0.2, 0.4};
@@ -32,7 +33,7 @@ typedef struct bench {
     ibid_kv_blob prefix_kv;
     ibid_reader r;
     int32_t *ids;
-    size_t n_ids, tokens, steps, block, skip;
+    size_t n_ids, tokens, steps, block, skip, threads;
     ibid_placed_block *blocks;
     size_t n_blocks;
     uint32_t next; /* position of the first step */
@@ -52,7 +53,8 @@ static void *need(size_t n, size_t size) {
 
 static void open_model(bench *b, const char *path) {
     check(ibid_model_open(path, NULL, &b->m));
-    check(ibid_engine_open(b->m, &(ibid_engine_opts){.int8 = true}, &b->e));
+    check(
+        ibid_engine_open(b->m, &(ibid_engine_opts){.int8 = true, .n_threads = b->threads}, &b->e));
     ibid_sched_init(&b->sched);
     check(ibid_prompt_prefix(b->m, &ibid_wording_default, &b->prefix));
     check(ibid_read_prefix(b->m, b->e, &b->sched, b->prefix.ids, b->prefix.n, IBID_KV_Q8_0,
@@ -126,12 +128,19 @@ static ibid_seq *start(const bench *b) {
     return s;
 }
 
+static double now_ms(const bench *b) {
+    struct timespec t;
+    if (clock_gettime(b->threads == 1 ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC, &t) != 0)
+        return 0;
+    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec / 1e6;
+}
+
 /* Gives all steps; logits [steps, n_vocab] or NULL. Returns milliseconds a step; the first one is
  * left out: it makes summaries. */
 static double run(const bench *b, ibid_select *x, float *logits) {
     ibid_seq *s = start(b);
     float *last = need(b->m->n_vocab, sizeof *last);
-    uint64_t from = 0;
+    double from = 0;
     for (size_t i = 0; i < b->steps; i++) {
         uint32_t at = b->next + (uint32_t)i;
         ibid_step step = {.seq = s,
@@ -142,9 +151,9 @@ static double run(const bench *b, ibid_select *x, float *logits) {
                           .logits = logits ? logits + i * b->m->n_vocab : last,
                           .select = x};
         check(ibid_engine_forward(b->e, &step, 1, NULL));
-        if (i == 0) from = ibid_now_ns();
+        if (i == 0) from = now_ms(b);
     }
-    double ms = b->steps > 1 ? ibid_ms_since(from) / (double)(b->steps - 1) : 0;
+    double ms = b->steps > 1 ? (now_ms(b) - from) / (double)(b->steps - 1) : 0;
     ibid_seq_close(s);
     ibid_free(last);
     return ms;
@@ -173,7 +182,8 @@ int main(int argc, char **argv) {
     static bench b;
     double ms[SHARES];
     if (argc < 3) {
-        (void)fprintf(stderr, "usage: %s MODEL.gguf TEXT [TOKENS [STEPS [BLOCK [SKIP]]]]\n",
+        (void)fprintf(stderr,
+                      "usage: %s MODEL.gguf TEXT [TOKENS [STEPS [BLOCK [SKIP [THREADS]]]]]\n",
                       argv[0]);
         return 2;
     }
@@ -181,6 +191,7 @@ int main(int argc, char **argv) {
     b.steps = argc > 4 ? strtoul(argv[4], NULL, 10) : 64;
     b.block = argc > 5 ? strtoul(argv[5], NULL, 10) : 200;
     b.skip = argc > 6 ? strtoul(argv[6], NULL, 10) : 0;
+    b.threads = argc > 7 ? strtoul(argv[7], NULL, 10) : 0;
     open_model(&b, argv[1]);
     read_text(&b, argv[2]);
     if (b.block)

@@ -1,0 +1,173 @@
+/* Decoding rows that read a share of their context (ibid_select), on the device: for each kv head a
+ * step's chosen pages become a sequence of their own, and attention's tiles read that. Summaries
+ * are the sequence's, since masks and places are; making them reads its keys once. */
+#include "attention/cuda/gpu.h"
+
+#include <math.h>
+#include <string.h>
+
+enum {
+    LIVE_LAST = 128, /* live tokens that are always read, as on the CPU */
+    LEAST = 256      /* tokens read by default */
+};
+
+static size_t width_of(const struct ibidi_gpu *g) {
+    return ibidi_cu_summary_width(g->shape.head_dim);
+}
+
+static size_t layer_halves(const struct ibidi_gpu *g, size_t room) {
+    return g->m->n_kv_heads * room * width_of(g);
+}
+
+/* Room for summaries of all the sequence's pages; forgets those that are not its any more. */
+static ibid_err ready_summaries(struct ibidi_gpu *g, ibid_seq *s) {
+    struct ibidi_gpu_seq *q = s->gpu;
+    size_t n_layers = g->m->n_layers, kept = q->n_stored_pages + s->live_kept / IBIDI_CU_PAGE;
+    ibid_err err = IBID_OK;
+    if (!q->summed && !(q->summed = ibid_calloc(n_layers, sizeof *q->summed)))
+        return ibid_fail(IBID_NOMEM, "no memory to select pages");
+    if (q->summary_room != q->page_room || q->summary_blocks != q->n_blocks) {
+        memset(q->summed, 0, n_layers * sizeof *q->summed);
+        q->summary_room = 0;
+        err = ibidi_gpu_reserve(g, &q->summaries,
+                                n_layers * layer_halves(g, q->page_room) * sizeof(uint16_t));
+        if (err) return err;
+        q->summary_room = q->page_room;
+        q->summary_blocks = q->n_blocks;
+    }
+    for (size_t l = 0; l < n_layers; l++)
+        if (q->summed[l] > kept) q->summed[l] = kept;
+    s->live_kept = SIZE_MAX / 2;
+    return IBID_OK;
+}
+
+ibid_err ibidi_gpu_choice_plan(struct ibidi_gpu *g, const ibid_step *step, ibidi_gpu_choice *c) {
+    ibid_seq *s = step->seq;
+    ibid_select *x = step->select;
+    struct ibidi_gpu_seq *q = s->gpu;
+    memset(c, 0, sizeof *c);
+    if (!x || x->share >= 1 || step->n != 1 || step->positions[0] < s->end) return IBID_OK;
+    size_t live = s->base > LIVE_LAST ? (s->base - LIVE_LAST) / IBIDI_CU_PAGE : 0;
+    size_t n = q->n_stored_pages + s->base / IBIDI_CU_PAGE + 1, last = q->n_stored_pages + live;
+    uint64_t least = (x->least ? x->least : LEAST) / IBIDI_CU_PAGE;
+    double want = fmax(ceil(x->share * (double)n), (double)(n - last + 1));
+    want = fmax(want, (double)least);
+    if (want >= (double)n) return IBID_OK;
+    ibid_err err = ready_summaries(g, s);
+    if (err == IBID_NOMEM) return IBID_OK; /* it reads everything */
+    if (err) return err;
+    c->select = x;
+    c->seq = s;
+    c->last_tokens = s->base + 1 - live * IBIDI_CU_PAGE;
+    c->seen = s->base + 1;
+    for (size_t i = 0; i < q->n_stored_pages; i++) {
+        const ibidi_cu_page *p = &q->pages[i];
+        uint64_t all = p->n < 64 ? (UINT64_C(1) << p->n) - 1 : UINT64_MAX;
+        c->seen += (uint64_t)__builtin_popcountll(p->keep & all);
+    }
+    c->c = (ibidi_cu_choosing){.seq = q->view,
+                               .room = (uint32_t)q->summary_room,
+                               .n = (uint32_t)n,
+                               .last = (uint32_t)last,
+                               .n_chosen = (uint32_t)want,
+                               .pool = ibidi_pages_memory(g->pages)};
+    return IBID_OK;
+}
+
+/* Where a choice's arrays lie in the scratch; returns what they take. */
+static size_t place(const struct ibidi_gpu *g, ibidi_gpu_choice *c, uint8_t *base, size_t used) {
+    size_t kv = g->m->n_kv_heads, slots = kv * c->c.n_chosen, at[6];
+    size_t bytes[] = {slots * sizeof *c->c.pages,
+                      slots * sizeof *c->c.cells,
+                      slots * sizeof *c->c.which,
+                      kv * (g->shape.group + 1) * c->c.room * sizeof *c->c.weight,
+                      c->c.n_chosen * IBIDI_CU_PAGE * sizeof *c->mass,
+                      kv * sizeof *c->c.read};
+    for (size_t i = 0; i < 6; i++) {
+        at[i] = used;
+        used = ibid_align_up(used + bytes[i], 256);
+    }
+    if (!base) return used;
+    c->c.pages = (void *)(base + at[0]);
+    c->c.cells = (void *)(base + at[1]);
+    c->c.which = (void *)(base + at[2]);
+    c->c.weight = (void *)(base + at[3]);
+    c->mass = (void *)(base + at[4]);
+    c->c.read = (void *)(base + at[5]);
+    return used;
+}
+
+ibid_err ibidi_gpu_choices_place(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_t n,
+                                 ibidi_cu_seq *seqs) {
+    size_t kv = g->m->n_kv_heads, used = 0;
+    ibid_err err = IBID_OK;
+    for (size_t i = 0; i < n; i++)
+        if (c[i].select) used = place(g, &c[i], NULL, used);
+    if (used == 0) return IBID_OK;
+    if ((err = ibidi_gpu_reserve(g, &g->chosen, used))) return err;
+    used = 0;
+    for (size_t i = 0; !err && i < n; i++, seqs += kv) {
+        ibidi_cu_choosing *a = &c[i].c;
+        memset(seqs, 0, kv * sizeof *seqs);
+        if (!c[i].select) continue;
+        used = place(g, &c[i], g->chosen.p, used);
+        for (size_t h = 0; h < kv; h++)
+            seqs[h] = (ibidi_cu_seq){.pages = a->pages + h * a->n_chosen,
+                                     .cells = a->cells + h * a->n_chosen,
+                                     .turns = a->seq.turns};
+        err = ibid_device_fill(g->d, g->work, a->read, 0, kv * sizeof *a->read);
+    }
+    return err;
+}
+
+ibid_err ibidi_gpu_choose(struct ibidi_gpu *g, const ibidi_gpu_choice *c, size_t layer,
+                          const float *q) {
+    struct ibidi_gpu_seq *s = c->seq->gpu;
+    ibidi_cu_choosing a = c->c;
+    a.layer = (uint32_t)layer;
+    a.summaries = (uint16_t *)s->summaries.p + layer * layer_halves(g, a.room);
+    ibid_err err = ibidi_cu_summarise(g->work, &g->shape, &a, s->summed[layer], a.last);
+    if (err) return err;
+    if (s->summed[layer] < a.last) s->summed[layer] = a.last;
+    return ibidi_cu_choose(g->work, &g->shape, &a, q);
+}
+
+ibid_err ibidi_gpu_choice_mass(struct ibidi_gpu *g, const ibidi_gpu_choice *c,
+                               const ibidi_cu_attend *a, const ibidi_cu_row *row,
+                               const uint64_t *d_heads, uint32_t row_lo, uint32_t row_hi,
+                               float *mass) {
+    ibid_err err = IBID_OK;
+    size_t n = c->c.n_chosen;
+    for (size_t h = 0; !err && h < g->m->n_kv_heads; h++) {
+        if ((err = ibid_device_fill(g->d, g->work, c->mass, 0,
+                                    n * IBIDI_CU_PAGE * sizeof *c->mass)) ||
+            (err = ibidi_cu_mass(g->work, &g->shape, a, row->tile0 + h * row->tiles, row->tiles,
+                                 row->tile_rows == IBIDI_CU_TILE_FINE, n, d_heads, row_lo, row_hi,
+                                 g->lse.p, c->mass)))
+            break;
+        err = ibidi_cu_spread_mass(g->work, c->c.which + h * n, n, c->seq->gpu->n_stored_pages,
+                                   c->mass, mass);
+    }
+    return err;
+}
+
+ibid_err ibidi_gpu_choices_count(struct ibidi_gpu *g, const ibidi_gpu_choice *c, size_t n,
+                                 size_t n_layers) {
+    size_t kv = g->m->n_kv_heads;
+    ibid_err err = IBID_OK;
+    for (size_t i = 0; !err && i < n; i++) {
+        if (!c[i].select) continue;
+        uint32_t *read = ibid_calloc(kv, sizeof *read);
+        if (!read) return ibid_fail(IBID_NOMEM, "no memory for what was read");
+        err = ibid_device_download(g->d, g->work, read, c[i].c.read, kv * sizeof *read);
+        ibid_err e = ibid_device_sync(g->d, g->work);
+        if (!err) err = e;
+        for (size_t h = 0; !err && h < kv; h++) c[i].select->read += read[h];
+        if (!err) {
+            c[i].select->read += n_layers * kv * c[i].last_tokens;
+            c[i].select->seen += n_layers * kv * c[i].seen;
+        }
+        ibid_free(read);
+    }
+    return err;
+}
