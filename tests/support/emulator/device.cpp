@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <functional>
@@ -34,6 +35,7 @@ static std::map<void *, size_t> blocks;
 static size_t in_use, memory = (size_t)1 << 30;
 static uint64_t fail_at, uploaded;
 static bool fail_lost, lost;
+static const char *lost_file;
 
 extern "C" void ibidi_emulator_memory(size_t bytes) {
     memory = bytes ? bytes : (size_t)1 << 30;
@@ -57,6 +59,7 @@ extern "C" uint64_t ibidi_emulator_uploaded(void) {
 }
 
 static ibid_err trouble(const char *what) {
+    if (lost_file && !lost && unlink(lost_file) == 0) lost = true;
     if (lost) return ibid_fail(IBID_BACKEND, "GPU lost: %s (emulated)", what);
     if (fail_at == 0 || --fail_at) return IBID_OK;
     lost = fail_lost;
@@ -84,6 +87,8 @@ extern "C" const char *ibid_device_library(void) {
 extern "C" ibid_err ibid_device_open(int number, ibid_device **out) {
     if (number) return ibid_fail(IBID_NOTSUP, "GPU %d of 1", number);
     lost = false;
+    /* For a process of its own: the device is lost once this file is there. */
+    lost_file = getenv("IBID_EMULATOR_LOST");
     *out = new ibid_device{false};
     return IBID_OK;
 }
