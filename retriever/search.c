@@ -1,8 +1,8 @@
 /* Search over one collection: candidates from token keys and from words, filters, fusion, hits. */
 #include "retriever/engine.h"
 #include "retriever/fuse.h"
-#include "retriever/smooth.h"
 #include "retriever/relevance.h"
+#include "retriever/smooth.h"
 #include "rpc/base/clock.h"
 #include "rpc/base/log.h"
 
@@ -99,7 +99,8 @@ typedef struct gather {
     size_t counted[2]; /* so far, of keys and of words */
     size_t taken[2];   /* chunks so far */
     bool lexical_all;
-    uint64_t *scored; /* blocks compared by their keys; one may stand there twice */
+    struct block_score
+        *scored; /* compared by their keys; one may stand there twice until the end */
     size_t n_scored, room_scored;
     ibid_arena *arena;
 } gather;
@@ -324,12 +325,13 @@ static ibid_err take_blocks(gather *g, block_score *s, size_t n) {
 static ibid_err note_scored(gather *g, const block_score *s, size_t n) {
     if (g->n_scored + n > g->room_scored) {
         size_t room = 2 * (g->n_scored + n);
-        uint64_t *more = ibid_realloc(g->scored, room * sizeof *more);
+        block_score *more = ibid_realloc(g->scored, room * sizeof *more);
         if (!more) return ibid_fail(IBID_NOMEM, "out of memory for %zu blocks", n);
         g->scored = more;
         g->room_scored = room;
     }
-    for (size_t i = 0; i < n; i++) g->scored[g->n_scored++] = s[i].block;
+    if (n) memcpy(g->scored + g->n_scored, s, n * sizeof *s);
+    g->n_scored += n;
     return IBID_OK;
 }
 
@@ -495,6 +497,29 @@ static ibid_err mark_exact(gather *g) {
     return e;
 }
 
+/* Ascending blocks, once each. */
+static void settle_scored(gather *g) {
+    size_t n = 0;
+    if (g->n_scored) qsort(g->scored, g->n_scored, sizeof *g->scored, by_block);
+    for (size_t i = 0; i < g->n_scored; i++)
+        if (!n || g->scored[n - 1].block != g->scored[i].block) g->scored[n++] = g->scored[i];
+    g->n_scored = n;
+}
+
+/* Of all blocks that were scored; where filters hold, of the candidates, which passed. */
+static ibid_err weigh_keys(const gather *g, const ibid_calibration *cal, ibidi_evidence *v,
+                           bool *any) {
+    size_t n = g->q->n_filters ? g->n : g->n_scored;
+    double *keys = ibid_alloc((n + 1) * sizeof *keys);
+    if (!keys) return ibid_fail(IBID_NOMEM, "out of memory for %zu scores", n);
+    for (size_t i = 0; i < n; i++)
+        keys[i] = g->q->n_filters ? g->cands[i].keys : (double)g->scored[i].score;
+    *any =
+        ibidi_evidence_keys(keys, n, g->c->view.n, (double)cal->null_mean, (double)cal->null_sd, v);
+    ibid_free(keys);
+    return IBID_OK;
+}
+
 /* By keys and words; by the words' share alone where there are no keys to go by. */
 static ibid_err judge(gather *g, const ibid_calibration *cal, ibidi_found *out) {
     ibidi_evidence v = {0};
@@ -502,9 +527,7 @@ static ibid_err judge(gather *g, const ibid_calibration *cal, ibidi_found *out) 
     if (!out->n) return IBID_OK;
     ibid_err e = ibidi_lexical_share(g->c->lexical, g->q->question, out->hits[0].title,
                                      out->hits[0].text, &v.share);
-    if (!e && cal && cal->null_sd > 0)
-        e = ibidi_evidence_keys(g->cands, g->n, g->c->view.n, (double)cal->null_mean,
-                                (double)cal->null_sd, &v, &keys);
+    if (!e && cal && cal->null_sd > 0) e = weigh_keys(g, cal, &v, &keys);
     if (e) return e;
     out->relevance = keys ? ibidi_relevance(&v) : v.share;
     out->relevant = out->relevance >= IBIDI_RELEVANT;
@@ -541,7 +564,8 @@ static ibid_err wanted_document(gather *g, const uint64_t **blocks, size_t *n) {
 }
 
 static bool was_scored(const gather *g, uint64_t block) {
-    return g->n_scored && bsearch(&block, g->scored, g->n_scored, sizeof block, by_number);
+    block_score want = {block, 0};
+    return g->n_scored && bsearch(&want, g->scored, g->n_scored, sizeof want, by_block);
 }
 
 /* ibid_search_result.coverage. Words look at every chunk there is. */
@@ -551,7 +575,6 @@ static ibid_err cover(gather *g, bool by_keys, ibidi_found *out) {
     uint64_t all = 0, seen = 0;
     out->coverage = 1;
     if (!by_keys) return IBID_OK;
-    if (g->n_scored) qsort(g->scored, g->n_scored, sizeof *g->scored, by_number);
     ibid_err e = wanted_document(g, &blocks, &n);
     if (e) return e;
     for (size_t i = 0; i < n; i++) {
@@ -559,8 +582,7 @@ static ibid_err cover(gather *g, bool by_keys, ibidi_found *out) {
         all += tokens;
         if (was_scored(g, blocks[i])) seen += tokens;
     }
-    for (size_t i = 0; i < g->n_scored && !blocks; i++)
-        if (i == 0 || g->scored[i] != g->scored[i - 1]) seen += tokens_of(g, g->scored[i]);
+    for (size_t i = 0; i < g->n_scored && !blocks; i++) seen += tokens_of(g, g->scored[i].block);
     if (!blocks) all = g->c->view.tokens;
     if (all) out->coverage = (double)seen / (double)all;
     return IBID_OK;
@@ -599,6 +621,7 @@ static ibid_err run(gather *g, size_t top, ibidi_found *out) {
     double gate = ibidi_fuse(g->cands, g->n, calibrated ? (double)cal.keys_weight : 0, most);
     if (!e) e = ibidi_smooth(g->cands, g->n, &g->c->view, gate);
     if (!e) e = fill_hits(g, top, out);
+    settle_scored(g);
     if (!e) e = judge(g, calibrated ? &cal : NULL, out);
     if (!e) e = cover(g, g->question->usable && !g->q->lexical_only, out);
     out->generation = g->c->generation;

@@ -72,6 +72,8 @@ class Cli(unittest.TestCase):
         self.assertTrue(r["found"])
         self.assertTrue(r["answer"])
         self.assertLessEqual(len(r["citations"]), 3)
+        self.assertGreaterEqual(r["relevance"], 0.5)
+        self.assertEqual(r["coverage"], 1)
         for c in r["citations"]:
             quote = c["quote"].encode()
             self.assertLessEqual(len(quote), 300)
@@ -102,6 +104,8 @@ class Cli(unittest.TestCase):
         r = self.s.json("ask", "zxqv wobblefrotz kjhgf", status=1)
         self.assertFalse(r["found"])
         self.assertEqual((r["answer"], r["citations"]), ("", []))
+        self.assertLess(r["relevance"], 0.5)
+        self.assertEqual(r["coverage"], 1)
 
     def test_context_exceeded(self):
         r = self.s.run("ask", "--json", "--always", "word " * 9000)
