@@ -164,9 +164,26 @@ static int32_t dot(const int8_t *a, const int8_t *b, size_t dim) {
     return s;
 }
 
-static int falling(const void *a, const void *b) {
-    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
-    return (x < y) - (x > y);
+/* The nth greatest (from 1) of v [m], whose order is lost. */
+static int32_t nth_greatest(int32_t *v, size_t m, size_t n) {
+    size_t lo = 0, hi = m; /* it is among v[lo] to v[hi - 1] */
+    while (hi - lo > 1) {
+        int32_t pivot = v[lo + (hi - lo - 1) / 2]; /* never the last: then hi would not move */
+        size_t i = lo, j = hi - 1;
+        for (;;) {
+            while (v[i] > pivot) i++;
+            while (v[j] < pivot) j--;
+            if (i >= j) break;
+            int32_t t = v[i];
+            v[i++] = v[j];
+            v[j--] = t;
+        }
+        if (n <= j + 1)
+            hi = j + 1;
+        else
+            lo = j + 1;
+    }
+    return v[lo];
 }
 
 static int nearest_first(const void *a, const void *b) {
@@ -179,13 +196,14 @@ static int nearest_first(const void *a, const void *b) {
  * do as cells are wanted. */
 static size_t nearest_cells(gather *g, size_t token) {
     size_t wanted = g->probes < g->n_groups ? g->probes : g->n_groups, n = 0, dim = g->q->dim;
-    int32_t least = INT32_MIN;
     for (size_t i = 0; i < g->n_groups; i++) g->sort[i] = g->best[i * g->q->n + token];
-    qsort(g->sort, g->n_groups, sizeof *g->sort, falling);
-    least = g->sort[wanted - 1];
-    for (size_t i = 0, taken = 0; i < g->n_groups && taken < wanted; i++) {
-        if (g->best[i * g->q->n + token] < least) continue;
-        taken++;
+    int32_t least = nth_greatest(g->sort, g->n_groups, wanted);
+    size_t equals = wanted; /* groups with just that much that are taken */
+    for (size_t i = 0; i < g->n_groups; i++) equals -= g->best[i * g->q->n + token] > least;
+    for (size_t i = 0; i < g->n_groups; i++) {
+        int32_t best = g->best[i * g->q->n + token];
+        if (best < least || (best == least && equals == 0)) continue;
+        equals -= best == least;
         size_t end = (i + 1) * IBIDI_CELL_GROUP;
         if (end > g->x->n_cells) end = g->x->n_cells;
         for (size_t c = i * IBIDI_CELL_GROUP; c < end; c++) {

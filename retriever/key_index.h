@@ -36,7 +36,7 @@ typedef struct ibidi_keyindex ibidi_keyindex;
 typedef struct ibidi_keyindex_opts {
     uint64_t min_rows;   /* tokens from which a collection has the copy; 0 = 32768 */
     uint64_t cells_min;  /* tokens from which there are cells; 0 = 1M */
-    uint64_t cell_rows;  /* tokens a cell stands for; 0 = 128 */
+    uint64_t cell_rows;  /* tokens a cell stands for; 0 = 40 */
     uint64_t extra_rows; /* tokens not in it up to which it is never built again; 0 = 65536 */
     size_t threads;      /* for building; 0 = 1 */
     const ibid_kernels *kernels;

@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 enum {
-    CELL_ROWS = 128,    /* tokens a cell stands for */
+    CELL_ROWS = 40,     /* tokens a cell stands for */
     HEAD_TOKENS = 24,   /* a block's first tokens know as little before them as a question's do */
     COARSE_SAMPLE = 64, /* training rows per cell of the first level, and of the second */
     FINE_SAMPLE = 32,
@@ -22,7 +22,7 @@ enum {
     TRIALS = 24,   /* pseudo-questions for choosing probes */
     TRIAL_TOKENS = 16,
     TRIAL_TOP = 10,
-    PROBES_MIN = 16, /* a block's tokens find each other more easily than real questions do */
+    PROBES_MIN = 32, /* a block's tokens find each other more easily than real questions do */
     PROBES_MAX = 64
 };
 #define TRIAL_RECALL 0.995
