@@ -476,7 +476,7 @@ static ibid_seq *open_context(ibid_engine *e, const world *w, size_t tokens) {
 }
 
 /* Milliseconds of a step of n rows at position at, its last row's token drawn. */
-static double time_step(ibid_engine *e, ibid_seq *s, size_t n, size_t at) {
+static double time_step(ibid_engine *e, ibid_seq *s, size_t n, size_t at, ibid_select *select) {
     int32_t *tokens = ibid_alloc(n * sizeof *tokens);
     uint32_t *positions = ibid_alloc(n * sizeof *positions);
     ibid_draw draw = {.top_p = 1};
@@ -488,6 +488,7 @@ static double time_step(ibid_engine *e, ibid_seq *s, size_t n, size_t at) {
     ibid_step step = {.seq = s, .tokens = tokens, .positions = positions, .n = n};
     step.n_logits = 1;
     step.draw = &draw;
+    step.select = select;
     uint64_t start = ibid_now_ns();
     MUST(ibid_engine_forward(e, &step, 1, NULL));
     double ms = (double)(ibid_now_ns() - start) / 1e6;
@@ -500,10 +501,31 @@ static double time_step(ibid_engine *e, ibid_seq *s, size_t n, size_t at) {
 static double time_question(ibid_engine *e, const world *w, size_t tokens) {
     uint64_t start = ibid_now_ns();
     ibid_seq *s = open_context(e, w, tokens);
-    (void)time_step(e, s, sh.question, tokens / sh.block * sh.block);
+    (void)time_step(e, s, sh.question, tokens / sh.block * sh.block, NULL);
     double ms = (double)(ibid_now_ns() - start) / 1e6;
     ibid_seq_close(s);
     return ms;
+}
+
+/* Steps one after another, then such that read a tenth of their context. */
+static void measure_decoding(ibid_engine *e, const world *w, size_t tokens, double goal) {
+    ibid_seq *s = open_context(e, w, tokens);
+    ibid_select tenth = {.share = 0.1};
+    size_t at = tokens / sh.block * sh.block;
+    double ms[31];
+    char what[96];
+    for (int selects = 0; selects < 2; selects++) {
+        ibid_select *select = selects ? &tenth : NULL;
+        for (size_t i = 0; i < 4; i++) (void)time_step(e, s, 1, at++, select);
+        for (size_t i = 0; i < 31; i++) ms[i] = time_step(e, s, 1, at++, select);
+        (void)snprintf(what, sizeof what, "decoding step, %zu tokens, %s", tokens,
+                       selects ? "a tenth selected" : "q8_0 KV and weights");
+        number(what, median(ms, 31), "ms", selects ? 0 : goal, true);
+    }
+    if (tenth.seen)
+        number("  of the context, read", 100 * (double)tenth.read / (double)tenth.seen, "%", 0,
+               false);
+    ibid_seq_close(s);
 }
 
 static void measure_engine(size_t memory) {
@@ -535,21 +557,8 @@ static void measure_engine(size_t memory) {
         number("  loading beside computing: of pinned copies' rate",
                100 * bytes * (double)(sh.context - sh.block) / first * 1e3 / upload_rate, "%", 0,
                false);
-    ibid_seq *s = open_context(e, &w, sh.long_context);
-    size_t at = sh.long_context / sh.block * sh.block;
-    for (size_t i = 0; i < 4; i++) (void)time_step(e, s, 1, at++);
-    for (size_t i = 0; i < 31; i++) ms[i] = time_step(e, s, 1, at++);
-    (void)snprintf(what, sizeof what, "decoding step, %zu tokens, q8_0 KV and weights",
-                   sh.long_context);
-    number(what, median(ms, 31), "ms", 10, true);
-    ibid_seq_close(s);
-    s = open_context(e, &w, sh.short_context);
-    at = sh.short_context / sh.block * sh.block;
-    for (size_t i = 0; i < 4; i++) (void)time_step(e, s, 1, at++);
-    for (size_t i = 0; i < 31; i++) ms[i] = time_step(e, s, 1, at++);
-    (void)snprintf(what, sizeof what, "decoding step, %zu tokens", sh.short_context);
-    number(what, median(ms, 31), "ms", 0, true);
-    ibid_seq_close(s);
+    measure_decoding(e, &w, sh.long_context, 10);
+    measure_decoding(e, &w, sh.short_context, 0);
     CHECK(ibid_engine_gpu_look(e, &look), "no GPU");
     number("decoding steps that ran recorded", (double)look.graph_steps, "", 0, false);
     ibid_engine_close(e);
