@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(32 * SCORE_WARPS)
     score_kernel(ibidi_cu_shape m, ibidi_cu_choosing a, const float *q) {
     unsigned lane = threadIdx.x % 32, page = blockIdx.x * SCORE_WARPS + threadIdx.x / 32;
     unsigned head = blockIdx.y, dim = m.head_dim, first, second;
-    if (page >= a.n) return;
+    if (page >= a.last) return;
     const uint16_t *sum =
         a.summaries + ((size_t)head * a.room + page) * ibidi_cu_summary_width(dim);
     float *scores = a.weight + (size_t)head * (m.group + 1) * a.room + page;
@@ -151,19 +151,20 @@ __global__ void __launch_bounds__(THREADS) choose_kernel(ibidi_cu_shape m, ibidi
     unsigned head = blockIdx.x, me = threadIdx.x, n = a.n;
     const float *scores = a.weight + (size_t)head * (m.group + 1) * a.room;
     float *weight = a.weight + ((size_t)head * (m.group + 1) + m.group) * a.room;
-    for (unsigned i = me; i < n; i += THREADS) weight[i] = 0;
+    /* Pages that are always read have no summaries, and no weight. */
+    for (unsigned i = me; i < a.last; i += THREADS) weight[i] = 0;
     for (unsigned g = 0; g < m.group; g++, scores += a.room) {
         float most = -INFINITY, sum = 0;
-        for (unsigned i = me; i < n; i += THREADS)
+        for (unsigned i = me; i < a.last; i += THREADS)
             if (tokens_of(a.seq.pages[i])) most = fmaxf(most, scores[i]);
         most = block_reduce<true>(most, space);
         __syncthreads();
-        for (unsigned i = me; i < n; i += THREADS)
+        for (unsigned i = me; i < a.last; i += THREADS)
             if (scores[i] <= most && tokens_of(a.seq.pages[i])) sum += exp2f(scores[i] - most);
         sum = block_reduce<false>(sum, space);
         __syncthreads();
         float inverse = sum > 0 ? 1 / sum : 0;
-        for (unsigned i = me; i < n; i += THREADS)
+        for (unsigned i = me; i < a.last; i += THREADS)
             if (scores[i] <= most && tokens_of(a.seq.pages[i]))
                 weight[i] += exp2f(scores[i] - most) * inverse;
     }
@@ -242,9 +243,9 @@ extern "C" ibid_err ibidi_cu_summarise(ibidi_cu_stream s, const ibidi_cu_shape *
 
 extern "C" ibid_err ibidi_cu_choose(ibidi_cu_stream s, const ibidi_cu_shape *m,
                                     const ibidi_cu_choosing *a, const float *q) {
-    if (a->n == 0 || a->n_chosen == 0) return IBID_OK;
+    if (a->last == 0 || a->n_chosen == 0) return IBID_OK;
     ibid_err err = launch("page scores", score_kernel,
-                          dim3((a->n + SCORE_WARPS - 1) / SCORE_WARPS, m->n_kv_heads),
+                          dim3((a->last + SCORE_WARPS - 1) / SCORE_WARPS, m->n_kv_heads),
                           32 * SCORE_WARPS, 0, s, *m, *a, q);
     return err ? err
                : launch("choose", choose_kernel, dim3(m->n_kv_heads), THREADS, 0, s, *m, *a);

@@ -21,7 +21,7 @@ typedef struct ibidi_cu_choosing {
     ibidi_cu_seq seq;     /* the whole one */
     uint32_t layer, room; /* room: of summaries and weights, in pages */
     uint32_t n;           /* pages the row sees */
-    uint32_t last;        /* those from here on are always read, and the first */
+    uint32_t last;        /* those from here on are always read, and the first; at least 1 */
     uint32_t n_chosen;    /* at most n, and more than there are from `last` on */
     const uint8_t *pool;
     uint16_t *summaries;  /* [n_kv_heads, room, width] of this layer */
@@ -32,7 +32,9 @@ typedef struct ibidi_cu_choosing {
     uint32_t *read;       /* [n_kv_heads] += tokens in them */
 } ibidi_cu_choosing;
 
-/* Makes the summaries of pages [page0, page1), turned to their places. */
+/* Makes the summaries of pages [page0, page1), turned to their places; those up to `last` are
+ * wanted.
+ */
 ibid_err ibidi_cu_summarise(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibidi_cu_choosing *a,
                             size_t page0, size_t page1);
 /* Chooses for the row with queries q [n_heads * head_dim] (those of ibidi_cu_finish_heads). */

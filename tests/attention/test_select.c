@@ -382,12 +382,103 @@ static void test_refuses(void **state) {
     fx_close(&f);
 }
 
+/* ---- The default model ---- */
+
+enum { TEXT = 2600, GIVEN = 24, TEXT_ROOM = 8192 };
+
+static size_t read_sample(const ibid_model *m, int32_t *ids) {
+    static char text[65536];
+    ibid_token *t = NULL;
+    size_t n = 0, n_ids = 0;
+    FILE *f = fopen("attention/plan/sample.txt", "rb");
+    assert_non_null(f);
+    n = fread(text, 1, sizeof text, f);
+    (void)fclose(f);
+    must(ibid_tokenize(m->tokenizer, text, n, false, &t, &n_ids));
+    assert_true(n_ids >= TEXT + GIVEN && n_ids <= TEXT_ROOM);
+    for (size_t i = 0; i < n_ids; i++) ids[i] = t[i].id;
+    ibid_free(t);
+    return n_ids;
+}
+
+/* The text's next tokens, given one by one behind its stored beginning; logits [GIVEN, n_vocab]. */
+static void give(ibid_engine *e, const fx_kv *kv, const int32_t *ids, ibid_select *x,
+                 float *logits) {
+    size_t vocab = ibid_engine_model(e)->n_vocab;
+    ibid_segment g = {.layers = kv->layers};
+    ibid_seq *s = NULL;
+    must(ibid_seq_open(e, GIVEN, &s));
+    must(ibid_seq_add_segment(s, &g));
+    for (uint32_t i = 0; i < GIVEN; i++) {
+        uint32_t at = TEXT + i;
+        ibid_step step = {.seq = s,
+                          .tokens = ids + at,
+                          .positions = &at,
+                          .n = 1,
+                          .n_logits = 1,
+                          .logits = logits + i * vocab,
+                          .select = x};
+        must(ibid_engine_forward(e, &step, 1, NULL));
+    }
+    ibid_seq_close(s);
+}
+
+/* On a real text a small share holds most of the attention, and says nearly the same. Bounds with
+ * room: measured 0.83 and 0.90 of the attention, 0.012 and 0.007 nats, 23 and 22 of 24 tokens. */
+static void test_default_model(void **state) {
+    static const struct {
+        double share, recall, kl, same;
+    } least[] = {{0.2, 0.78, 0.06, 0.8}, {0.4, 0.86, 0.04, 0.8}};
+    const char *path = fx_default_model();
+    ibid_model *m = NULL;
+    ibid_engine *e = NULL;
+    int32_t *ids = calloc(TEXT_ROOM, sizeof *ids);
+    (void)state;
+    if (!path) {
+        free(ids);
+        skip();
+    }
+    must(ibid_model_open(path, NULL, &m));
+    must(ibid_engine_open(m, &(ibid_engine_opts){.int8 = true}, &e));
+    (void)read_sample(m, ids);
+    fx_kv kv = fx_encode(e, NULL, 0, ids, TEXT, IBID_KV_Q8_0);
+    size_t vocab = m->n_vocab;
+    float *want = calloc(GIVEN * vocab, sizeof *want), *got = calloc(GIVEN * vocab, sizeof *got);
+    give(e, &kv, ids, NULL, want);
+    for (size_t k = 0; k < 2; k++) {
+        ibid_select x = {.share = least[k].share, .measure = true};
+        double kl = 0, same = 0;
+        give(e, &kv, ids, &x, got);
+        for (size_t i = 0; i < GIVEN; i++) {
+            size_t a = 0, b = 0;
+            for (size_t v = 1; v < vocab; v++) {
+                if (want[i * vocab + v] > want[i * vocab + a]) a = v;
+                if (got[i * vocab + v] > got[i * vocab + b]) b = v;
+            }
+            same += a == b ? 1.0 / GIVEN : 0;
+            kl += fx_kl(want + i * vocab, got + i * vocab, vocab) / GIVEN;
+        }
+        double recall = x.recall / (double)x.n_recall, read = (double)x.read / (double)x.seen;
+        printf("default model: %.3f read, recall %.3f, KL divergence %.4f nats, %.3f the same "
+               "likeliest token\n",
+               read, recall, kl, same);
+        assert_true(read < least[k].share + 0.05);
+        assert_true(recall > least[k].recall && kl < least[k].kl && same > least[k].same);
+    }
+    free(ids);
+    free(want);
+    free(got);
+    fx_kv_free(&kv);
+    ibid_engine_close(e);
+    ibid_model_close(m);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_bounds),     cmocka_unit_test(test_choose),
         cmocka_unit_test(test_everything), cmocka_unit_test(test_masks),
         cmocka_unit_test(test_share),      cmocka_unit_test(test_same_bits),
-        cmocka_unit_test(test_refuses),
+        cmocka_unit_test(test_refuses),    cmocka_unit_test(test_default_model),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -152,8 +152,8 @@ static void want_summary(const world *w, size_t page, size_t head, uint16_t *out
 static void check_summaries(const world *w, uint16_t *got) {
     uint16_t want[2 * IBIDI_CU_DIM_MAX];
     size_t dim = w->m.head_dim;
-    for (size_t i = 0; i < w->n * w->m.n_kv_heads; i++) {
-        size_t page = i % w->n, head = i / w->n;
+    for (size_t i = 0; i < w->last * w->m.n_kv_heads; i++) {
+        size_t page = i % w->last, head = i / w->last;
         const uint16_t *have = got + (head * MAX_PAGES + page) * w->width;
         if (!tokens_in(&w->pages[page])) continue;
         want_summary(w, page, head, want);
@@ -175,7 +175,7 @@ static void want_weights(const world *w, const uint16_t *sums, size_t head, doub
         double most = -INFINITY, sum = 0;
         ibid_page_query(&w->shape, w->q + (head * w->m.group + g) * w->m.head_dim, IBID_PAGE_SPREAD,
                         query);
-        for (size_t i = 0; i < w->n; i++) {
+        for (size_t i = 0; i < w->last; i++) {
             const uint16_t *s = sums + (head * MAX_PAGES + i) * w->width;
             score[i] = 0;
             if (!tokens_in(&w->pages[i])) continue;
@@ -183,9 +183,9 @@ static void want_weights(const world *w, const uint16_t *sums, size_t head, doub
                 score[i] += (double)ibid_f16_to_f32(s[k]) * (double)query[k];
             most = fmax(most, score[i]);
         }
-        for (size_t i = 0; i < w->n; i++)
+        for (size_t i = 0; i < w->last; i++)
             if (tokens_in(&w->pages[i])) sum += exp2(score[i] - most);
-        for (size_t i = 0; i < w->n; i++)
+        for (size_t i = 0; i < w->last; i++)
             if (tokens_in(&w->pages[i])) weight[i] += exp2(score[i] - most) / sum;
     }
 }
@@ -249,12 +249,12 @@ static void one(size_t round) {
     make(&w, round);
     fill(&w);
     upload(&w);
-    size_t kv = w.m.n_kv_heads, slots = kv * w.n_chosen, first = fx_below(w.n + 1);
+    size_t kv = w.m.n_kv_heads, slots = kv * w.n_chosen, first = fx_below(w.last + 1);
     float *q = fx_up(w.q, w.m.n_heads * w.m.head_dim * 4);
     uint16_t *sums = calloc(kv * MAX_PAGES * w.width, 2);
     ibidi_cu_page *pages = calloc(slots, sizeof *pages);
     uint32_t *cells = calloc(slots, 4), *which = calloc(slots, 4), read[HEADS];
-    MUST(ibidi_cu_summarise(fx.s, &w.m, &w.d, first, w.n)); /* in two goes */
+    MUST(ibidi_cu_summarise(fx.s, &w.m, &w.d, first, w.last)); /* in two goes */
     MUST(ibidi_cu_summarise(fx.s, &w.m, &w.d, 0, first));
     MUST(ibidi_cu_choose(fx.s, &w.m, &w.d, q));
     fx_down(sums, w.d.summaries, kv * MAX_PAGES * w.width * 2);
