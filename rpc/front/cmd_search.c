@@ -74,9 +74,10 @@ size_t ibidi_filters(const ibid_opts *o, ibid_filter *out) {
 
 void ibidi_print_coverage(double coverage) {
     if (coverage >= 1) return;
-    printf("%s%.3g %% of the text was compared with the question token by token, chosen by an index "
-           "over all of it%s\n",
-           ibidi_dim(), 100 * coverage, ibidi_plain());
+    printf(
+        "%s%.3g %% of the text was compared with the question token by token, chosen by an index "
+        "over all of it%s\n",
+        ibidi_dim(), 100 * coverage, ibidi_plain());
 }
 
 /* ---- search ---- */
