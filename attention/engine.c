@@ -135,8 +135,10 @@ static void plan_pages(ibid_engine *e) {
 static ibid_err open_gpu(ibid_engine *e, const ibid_engine_opts *o) {
     if (!o || o->backend == IBID_BACKEND_CPU) return IBID_OK;
     ibid_err err = ibidi_gpu_open(e->m, o, e->pool, e->k, &e->gpu);
-    if (o->backend == IBID_BACKEND_AUTO && (err == IBID_NOTSUP || err == IBID_NOMEM)) {
-        ibid_log(IBID_LOG_INFO, "no GPU is used: %s", ibid_err_detail());
+    bool cpu_does = err == IBID_NOTSUP || err == IBID_NOMEM || err == IBID_BACKEND;
+    if (o->backend == IBID_BACKEND_AUTO && cpu_does) {
+        ibid_log(err == IBID_NOTSUP ? IBID_LOG_INFO : IBID_LOG_WARN, "no GPU is used: %s",
+                 ibid_err_detail());
         return IBID_OK;
     }
     return err;

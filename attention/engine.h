@@ -22,9 +22,10 @@
 typedef struct ibid_engine ibid_engine;
 typedef struct ibid_seq ibid_seq;
 
-/* auto: a GPU if there is one that takes the model, else the CPU. cuda: or an error, NOTSUP. int8 and
- * kernels are the CPU's; on a GPU weights and activations are f16 at most, sums f32, results of a row
- * may differ by rounding with what shares its batch, and rows that need no logits cost as others. */
+/* auto: a GPU if there is one that works and takes the model, else the CPU. cuda: or an error, NOTSUP.
+ * int8 and kernels are the CPU's; on a GPU weights and activations are f16 at most, sums f32, results
+ * of a row may differ by rounding with what shares its batch, and rows that need no logits cost as
+ * others. */
 typedef enum ibid_backend {
     IBID_BACKEND_CPU = 0,
     IBID_BACKEND_CUDA = 1,

@@ -480,6 +480,16 @@ static void test_faults(void) {
     CHECK(ibid_question_run(w.gpu, &q, 4, NULL, &a, got) == IBID_BACKEND, "it answers again");
     CHECK(told == 1, "the room was told %zu times", told);
     ibidi_emulator_fail_at(0, false);
+    ibid_engine_close(w.gpu); /* one that does not even open: only auto goes on without */
+    for (int i = 0; i < 2; i++) {
+        ibid_engine_opts o = {.n_threads = 1, .backend = i ? IBID_BACKEND_AUTO : IBID_BACKEND_CUDA};
+        w.gpu = NULL;
+        ibidi_emulator_fail_at(3, false);
+        ibid_err err = ibid_engine_open(w.m, &o, &w.gpu);
+        ibidi_emulator_fail_at(0, false);
+        CHECK(err == (i ? IBID_OK : IBID_BACKEND), "opening: %s", ibid_err_text(err));
+    }
+    CHECK(strcmp(ibid_engine_backend(w.gpu), "cpu") == 0, "auto took a GPU that fails");
     free_corpus(&c);
     close_world(&w);
     CHECK(ibidi_emulator_in_use() == 0, "%zu bytes of device memory are left",
