@@ -247,6 +247,50 @@ static void test_filters(void **state) {
     t_close(&t);
 }
 
+/* Two passages answer half the question equally well; one is about what the full answers are about,
+ * the other about what nobody asked for. */
+static size_t place_of(ibidi_retriever *r, const char *id, bool keys, bool words) {
+    ibidi_found f;
+    ibid_search_request q = {.collection = t_str("c"),
+                             .question = t_str("gulls whales"),
+                             .keys_only = keys && !words,
+                             .lexical_only = words && !keys,
+                             .top = 40};
+    size_t i = 0;
+    assert_ok(ibidi_retriever_search(r, &q, &f));
+    while (i < f.n && !t_eq(f.hits[i].id, id)) i++;
+    for (size_t k = 1; k < f.n; k++) assert_true(f.hits[k - 1].score >= f.hits[k].score);
+    ibidi_found_close(&f);
+    return i;
+}
+
+static void test_neighbours(void **state) {
+    (void)state;
+    t_store t;
+    char id[32], text[128];
+    t_open(&t);
+    t_put(&t, "c", "far", "", "gulls lantern copper velvet saddle one", NULL);
+    t_put(&t, "c", "near", "", "gulls granite chisel mortar quarry two", NULL);
+    for (int i = 0; i < 60; i++) {
+        static const char *const form[] = {"gulls whales granite chisel mortar quarry only%d",
+                                           "lantern copper velvet saddle other%d more%d",
+                                           "filler%d about%d nothing%d else%d"};
+        snprintf(id, sizeof id, "d%d", i);
+        snprintf(text, sizeof text, form[i < 11 ? 0 : i < 20 ? 1 : 2], i, i, i, i);
+        t_put(&t, "c", id, "", text, NULL);
+    }
+    ibidi_retriever_opts o = t_opts(&t);
+    ibidi_retriever *r = open_r(&o);
+    assert_int_equal(place_of(r, "far", false, true), 11); /* a tie: the one that came first */
+    assert_int_equal(place_of(r, "near", false, true), 12);
+    assert_int_equal(place_of(r, "far", true, false), 11); /* by a chance likeness of its words */
+    assert_true(place_of(r, "near", true, false) > 11);
+    assert_int_equal(place_of(r, "near", true, true), 11);
+    assert_true(place_of(r, "far", true, true) > 11);
+    ibidi_retriever_close(r);
+    t_close(&t);
+}
+
 static double coverage(ibidi_retriever *r, const char *document, bool chunks, bool words) {
     ibid_filter filter = {t_str(IBID_FILTER_DOCUMENT), t_str(document ? document : "")};
     ibid_search_request q = {.collection = t_str("c"),
@@ -796,13 +840,13 @@ static void test_no_pause(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_search),          cmocka_unit_test(test_exact),
-        cmocka_unit_test(test_updates),         cmocka_unit_test(test_filters),
-        cmocka_unit_test(test_coverage),        cmocka_unit_test(test_degraded),
-        cmocka_unit_test(test_recalibrated),    cmocka_unit_test(test_two_ways),
-        cmocka_unit_test(test_damage),          cmocka_unit_test(test_store_comes_late),
-        cmocka_unit_test(test_store_went_back), cmocka_unit_test(test_threads),
-        cmocka_unit_test(test_no_pause),
+        cmocka_unit_test(test_search),           cmocka_unit_test(test_exact),
+        cmocka_unit_test(test_updates),          cmocka_unit_test(test_filters),
+        cmocka_unit_test(test_neighbours),       cmocka_unit_test(test_coverage),
+        cmocka_unit_test(test_degraded),         cmocka_unit_test(test_recalibrated),
+        cmocka_unit_test(test_two_ways),         cmocka_unit_test(test_damage),
+        cmocka_unit_test(test_store_comes_late), cmocka_unit_test(test_store_went_back),
+        cmocka_unit_test(test_threads),          cmocka_unit_test(test_no_pause),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
