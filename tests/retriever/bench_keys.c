@@ -4,6 +4,7 @@
  *   bench_keys DIR [--dim 128] [--tokens N] [--grow TIMES] [--questions 300] [--probes N]
  *              [--max 2000] [--threads 2] [--from DIM0 --to DIM1]
  *
+ * --max: candidates; twice and four times as many are tried too.
  * DIR holds keys made by an encoder: keys.i8 [tokens, dim], ids.i32 [tokens], blocks.u32 (tokens of
  * each block), and of questions q.i8, qids.i32, qblocks.u32 (pairs: the block the question came
  * from, its tokens). --from and --to: only those numbers of each key (one head's). --grow adds
@@ -261,7 +262,8 @@ static void measure(bench *b, const real *r) {
     run(b, "exact scan, keys in the store", 0, q, few, best);
     run(b, "exact scan, keys side by side", 1, q, r->n_q, best);
     run(b, "candidates", 2, q, r->n_q, best);
-    run(b, "candidates and exact scores", 3, q, r->n_q, best);
+    for (size_t i = 0; i < 3; i++, b->o.max *= 2)
+        run(b, "candidates and exact scores", 3, q, r->n_q, best);
     for (size_t i = 0; i < r->n_q; i++) free((double *)(uintptr_t)q[i].weights);
     free(q);
     free(best);
@@ -293,6 +295,7 @@ int main(int argc, char **argv) {
                               "[--from DIM0 --to DIM1]\n");
         return 2;
     }
+    setvbuf(stdout, NULL, _IOLBF, 0);
     ibid_log_init("bench", IBID_LOG_WARN);
     real r = read_real(&b.o);
     t_open(&t);
