@@ -26,7 +26,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 LOWER_TEXT = 36  # the feature that counts how far down the plan a block is: one paragraph cannot train it
-LOWER_TEXT_WEIGHT = -1.0
+LOWER_TEXT_WEIGHT = -4.0
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("file")
