@@ -47,8 +47,10 @@ ibid_cuda_test(model SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/test_model.c ${CMAKE
 ibid_cuda_test(bench SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/bench.c LIBS ibid_model ARGS tiny GPU_ARGS tiny)
 # The attention room on the emulator and a model for it: a whole service (tests/front/test_gpu_service.py).
 if(TARGET ibid_attention)
-  add_executable(ibid-attention-emulated ${CMAKE_SOURCE_DIR}/attention/attention_main.c)
-  target_link_libraries(ibid-attention-emulated PRIVATE ibid_attention ibid_engine_emulated ibid_flags)
+  # As objects, which the linker takes before those of the engine that ibid_attention links.
+  add_executable(ibid-attention-emulated ${CMAKE_SOURCE_DIR}/attention/attention_main.c
+    $<TARGET_OBJECTS:ibid_engine_emulated> $<TARGET_OBJECTS:ibid_emulator>)
+  target_link_libraries(ibid-attention-emulated PRIVATE ibid_attention ibid_cuda_host ibid_flags)
   set_target_properties(ibid-attention-emulated PROPERTIES LINKER_LANGUAGE CXX)
   add_executable(write_model ${CMAKE_CURRENT_LIST_DIR}/cuda/write_model.c ${CMAKE_CURRENT_LIST_DIR}/../support/gguf_write.c)
   target_link_libraries(write_model PRIVATE ibid_model ibid_base ibid_flags)
