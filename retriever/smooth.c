@@ -103,6 +103,19 @@ static double strength(const ibidi_candidate *c, size_t n, double gate) {
     return STRENGTH * gate * fmax(0, 1 - lead / STANDS_OUT);
 }
 
+/* Means lie closer together than what they are of: draws them apart again. The rest [n, all) keep
+ * their distance from the last. */
+static void set_scores(ibidi_candidate *c, const double *score, size_t n, size_t all, double a) {
+    double best = c[0].score, top = score[0], low = best;
+    for (size_t i = 1; i < n; i++) top = fmax(top, score[i]);
+    for (size_t i = 0; i < n; i++) {
+        c[i].score = best - (top - score[i]) / (1 - a);
+        low = fmin(low, c[i].score);
+    }
+    double drop = n < all ? fmax(c[n].score - low, 0) : 0;
+    for (size_t i = n; i < all; i++) c[i].score -= drop;
+}
+
 ibid_err ibidi_smooth(ibidi_candidate *c, size_t n, const ibidi_view *v, double gate) {
     while (n && c->exact) {
         c++;
@@ -120,7 +133,7 @@ ibid_err ibidi_smooth(ibidi_candidate *c, size_t n, const ibidi_view *v, double 
                      : ibid_fail(IBID_NOMEM, "out of memory for %zu candidates", p.n);
     for (size_t i = 0; i < p.n && !e; i++)
         score[i] = c[i].score + a * (near_mean(&p, i) - c[i].score);
-    for (size_t i = 0; i < p.n && !e; i++) c[i].score = score[i];
+    if (!e) set_scores(c, score, p.n, n, a);
     if (!e) ibidi_candidates_sort(c, p.n);
     ibid_free(score);
     ibid_free(p.like);

@@ -16,14 +16,18 @@ enum {
 /* c [n] as ibidi_fuse left them. Of those that are not exact, the best IBIDI_SMOOTH_POOL:
  *
  *   score_i += a * (mean_i - score_i)
- *   mean_i: of the scores of i's IBIDI_SMOOTH_NEAR nearest, weighted by the square of their
- * likeness likeness: cosine of what the two blocks hold, each distinct token id at ln((N + 1) / (df
- * + 0.5)), ids in more than a quarter of the collection's N blocks left out; the same block twice:
- * 1 a = 0.6 * gate * max(0, 1 - lead / 0.5), lead = 1 - (mean of the next ten scores) / best
+ *   a = 0.6 * gate * max(0, 1 - lead / 0.5), lead = 1 - (mean of the next ten scores) / best
+ *
+ * mean_i is that of the scores of i's IBIDI_SMOOTH_NEAR nearest, weighted by the square of their
+ * likeness: the cosine of what the two blocks hold, each distinct token id at ln((N + 1) / (df +
+ * 0.5)), ids in more than a quarter of the collection's N blocks left out; of the same block, 1.
+ * Then all are drawn apart again, score_i = best - (highest - score_i) / (1 - a), best being the
+ * best score before, so that a share of the best score means what it meant; what follows the pool
+ * is lowered to stay below it.
  *
  * gate is what ibidi_fuse returned: where words say nothing, their likeness says nothing either. A
- * best candidate that stands out by itself keeps its place. Sorted again, below the exact ones and
- * above the rest. With gate 0, a best score of 0 or less, or fewer than 3 candidates, nothing
- * happens. Errors: NOMEM. */
+ * best candidate that stands out by itself keeps its place. Sorted again, the exact ones first.
+ * With gate 0, a best score of 0 or less, or fewer than 3 candidates, nothing happens. Errors:
+ * NOMEM. */
 ibid_err ibidi_smooth(ibidi_candidate *c, size_t n, const ibidi_view *v, double gate);
 #endif

@@ -32,20 +32,23 @@ static void test_formula(void **state) {
     small_view(&v);
     /* Squared weights: two = ln(13 / 2.5)^2 = 2.718, one = ln(13 / 1.5)^2 = 4.663.
      * Likeness, squared: 1 and 2: 4 two / (3 (2 two + one)) = 0.3588; 1 and 3: two / (3 (two +
-     * one)) = 0.1227. The next three scores have mean 0.4, so the lead is 1/3 and a = 0.2. */
+     * one)) = 0.1227. The next three scores have mean 0.4, so the lead is 1/3 and a = 0.2. They
+     * become 0.8 * 0.6 + 0.2 * 0.474513 = 0.574903, 0.52, 0.44 and 0.3 (like none of them), and
+     * then lie 1 / 0.8 times as far below 0.6 as below the first. */
     ibidi_candidate c[4] = {cand(1, 0.6), cand(2, 0.5), cand(3, 0.4), cand(4, 0.3)};
     assert_ok(ibidi_smooth(c, 4, &v, 1));
     assert_int_equal(c[0].block, 1);
-    assert_near(c[0].score, 0.8 * 0.6 + 0.2 * 0.474513, 1e-6);
+    assert_near(c[0].score, 0.6, 1e-12);
     assert_int_equal(c[1].block, 2);
-    assert_near(c[1].score, 0.8 * 0.5 + 0.2 * 0.6, 1e-12);
+    assert_near(c[1].score, 0.531372, 1e-6);
     assert_int_equal(c[2].block, 3);
-    assert_near(c[2].score, 0.8 * 0.4 + 0.2 * 0.6, 1e-12);
-    assert_near(c[3].score, 0.3, 1e-12); /* like none of them */
-    /* Half the gate, half the way. */
+    assert_near(c[2].score, 0.431372, 1e-6);
+    assert_near(c[3].score, 0.256372, 1e-6);
+    /* Half the gate, half the way: a = 0.2; 0.58, 0.52 and 0.5. */
     ibidi_candidate h[3] = {cand(1, 0.6), cand(2, 0.5), cand(4, 0.5)};
     assert_ok(ibidi_smooth(h, 3, &v, 0.5));
-    assert_near(h[1].score, 0.5 + 0.6 * 0.5 * (1 - (0.1 / 0.6) / 0.5) * 0.1, 1e-12);
+    assert_near(h[1].score, 0.6 - 0.06 / 0.8, 1e-12);
+    assert_near(h[2].score, 0.6 - 0.08 / 0.8, 1e-12);
     ibidi_view_fini(&v);
 }
 
@@ -90,10 +93,10 @@ static void test_same_block(void **state) {
     ibidi_candidate c[3] = {cand(5, 0.6), cand(6, 0.5), cand(6, 0.4)};
     c[2].document = 7;
     assert_ok(ibidi_smooth(c, 3, &v, 1));
-    double a = 0.6 * (1 - 0.25 / 0.5); /* the others have 0.45, a quarter less than the best */
+    /* The others have 0.45, a quarter less than the best: a = 0.3; 0.6, 0.47 and 0.43. */
     assert_near(c[0].score, 0.6, 1e-12);
-    assert_near(c[1].score, 0.5 - a * 0.1, 1e-12);
-    assert_near(c[2].score, 0.4 + a * 0.1, 1e-12);
+    assert_near(c[1].score, 0.6 - 0.13 / 0.7, 1e-12);
+    assert_near(c[2].score, 0.6 - 0.17 / 0.7, 1e-12);
     ibidi_view_fini(&v);
 }
 
@@ -135,9 +138,8 @@ static void test_against_plain(void **state) {
     for (size_t i = 0; i < MANY; i++) c[i] = cand(i, 1 - (double)i / 1000);
     memcpy(before, c, sizeof c);
     assert_ok(ibidi_smooth(c, MANY, &v, 1));
-    double a = 0.6 * (1 - 0.0055 / 0.5);
-    for (size_t k = 0; k < IBIDI_SMOOTH_POOL; k++) {
-        size_t i = (size_t)c[k].block;
+    double a = 0.6 * (1 - 0.0055 / 0.5), want[IBIDI_SMOOTH_POOL], top = 0;
+    for (size_t i = 0; i < IBIDI_SMOOTH_POOL; i++) {
         double sum = 0, weights = 0;
         bool taken[MANY] = {false};
         taken[i] = true;
@@ -156,14 +158,18 @@ static void test_against_plain(void **state) {
             sum += most * most * before[best].score;
             weights += most * most;
         }
-        double want = before[i].score;
-        if (weights > 0) want += a * (sum / weights - want);
-        assert_near(c[k].score, want, 1e-9);
+        want[i] = before[i].score;
+        if (weights > 0) want[i] += a * (sum / weights - want[i]);
+        top = fmax(top, want[i]);
+    }
+    for (size_t k = 0; k < IBIDI_SMOOTH_POOL; k++) {
+        assert_near(c[k].score, 1 - (top - want[c[k].block]) / (1 - a), 1e-9);
         assert_true(k == 0 || c[k - 1].score >= c[k].score);
     }
     for (size_t k = IBIDI_SMOOTH_POOL; k < MANY; k++) {
         assert_int_equal(c[k].block, k);
         assert_true(c[k].score <= c[IBIDI_SMOOTH_POOL - 1].score);
+        assert_near(c[k].score - c[MANY - 1].score, before[k].score - before[MANY - 1].score, 1e-9);
     }
     ibidi_view_fini(&v);
 }
