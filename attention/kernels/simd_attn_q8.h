@@ -1,8 +1,9 @@
 /* Template: attention over q8_0 KV in integers, online softmax by tiles of 64 keys. Approximate.
  *
  * Scores. A query is rounded to int8 per 32 dimensions, once per call. A tile's keys are turned so
- * that a 32-bit lane holds four dimensions of one key, as unsigned bytes (k + 128): dot products of
- * bytes then sum nothing across lanes, and start at -128 * sum(q) to make up for the offset.
+ * that a 32-bit lane holds four dimensions of one key: dot products of bytes then sum nothing
+ * across lanes. They want one side unsigned: the query (q + 128), and start at -128 * sum(k) to
+ * make up.
  *
  * Values. A row's weights e = 2^(score - the tile's best) are multiplied by the values' scales,
  * relative to the tile's largest one, before they are rounded: so the values' bytes are used as
@@ -10,8 +11,11 @@
  * once: one plane alone would lose the rest of the tile that holds the first token, whose weight is
  * huge and whose values are tiny. Where the tile's best weight is at most 1 / AQ_SPREAD of all that
  * the row has seen so far, this tile included, one plane errs below what int8 values do, and the
- * second is left out. Tiles whose best
- * weight is below 2^-AQ_NOTHING of what the row has seen change nothing.
+ * second is left out.
+ *
+ * A tile whose best weight is below 1 / AQ_NOTHING of all that the row has seen changes nothing: a
+ * third of what rows meet in 8,000 tokens, and about 1 / 1000 of what they should see there. All
+ * counts for at most a tile of the best keys: else rows that look everywhere would stop looking.
  *
  * state.sum adds the weights before their rounding, which errs to both sides alike.
  *
@@ -25,26 +29,27 @@ enum {
     AQ_BATCH = 192, /* query rows that meet a tile while it is in cache */
     AQ_GROUPS = AT_MAX_DIM / IBIDI_BLOCK,
     AQ_SPREAD = 8,
-    AQ_NOTHING = 24,
-    AQ_STEP = 16, /* keys: a tile that is not full is cut to a multiple */
-    AQ_AHEAD = 1  /* tiles */
+    AQ_NOTHING = 1 << 14,
+    AQ_ONE = 255 << 8, /* a weight of 1 in both planes */
+    AQ_STEP = 16,      /* keys: a tile that is not full is cut to a multiple */
+    AQ_AHEAD = 1       /* tiles */
 };
 
 typedef struct aq_rows {
     const ibid_attn_args *a;
     size_t row0, n, dim, groups;
-    _Alignas(64) int8_t q[AQ_BATCH * AT_MAX_DIM]; /* [n, dim] */
-    float scale[AQ_BATCH * AQ_GROUPS];            /* [n, groups]; times log2(e) */
-    int32_t start[AQ_BATCH * AQ_GROUPS];
-    float top[AQ_BATCH];   /* state.max * log2(e) */
-    bool higher[AQ_BATCH]; /* top has grown */
+    _Alignas(64) uint8_t q[AQ_BATCH * AT_MAX_DIM];  /* [n, dim], + 128 */
+    _Alignas(64) float scale[AQ_BATCH * AQ_GROUPS]; /* [n, groups]; times log2(e) */
+    float top[AQ_BATCH];                            /* state.max * log2(e) */
+    bool higher[AQ_BATCH];                          /* top has grown */
 } aq_rows;
 
 typedef struct aq_tile {
-    _Alignas(64) uint8_t keys[AT_MAX_DIM * AT_KEYS];    /* [dim / 4, AT_KEYS, 4], + 128 */
-    _Alignas(64) int8_t values[AT_MAX_DIM * AT_KEYS];   /* [AT_KEYS / 4, dim, 4] */
-    _Alignas(64) float k_scale[AQ_GROUPS * AT_KEYS];    /* [groups, AT_KEYS] */
-    _Alignas(64) float v_scale[2][AQ_GROUPS * AT_KEYS]; /* 255 of v_max's 1, and 65535 */
+    _Alignas(64) int8_t keys[AT_MAX_DIM * AT_KEYS];    /* [dim / 4, AT_KEYS, 4] */
+    _Alignas(64) int8_t values[AT_MAX_DIM * AT_KEYS];  /* [AT_KEYS / 4, dim, 4] */
+    _Alignas(64) float k_scale[AQ_GROUPS * AT_KEYS];   /* [groups, AT_KEYS] */
+    _Alignas(64) int32_t k_start[AQ_GROUPS * AT_KEYS]; /* [groups, AT_KEYS] */
+    _Alignas(64) float v_scale[AQ_GROUPS * AT_KEYS];   /* AQ_ONE where it is v_max */
     float v_max[AQ_GROUPS];
     /* Of keys that do not lie together, or of fewer than AT_KEYS: nothing is read past a view's
      * end. */
@@ -52,33 +57,50 @@ typedef struct aq_tile {
     _Alignas(64) uint16_t copy_scale[2][AQ_GROUPS * AT_KEYS];
 } aq_tile;
 
-/* Up to AT_ROWS rows with one plane of weights each, waiting to meet the values. */
+/* Rows with one plane of weights each, waiting to meet the values, AT_ROWS at a time. */
 typedef struct aq_pass {
-    size_t n, row[AT_ROWS], used; /* used: leading tokens of the tile that may weigh something */
-    float keep[AT_ROWS], scale[AT_ROWS];
-    _Alignas(64) uint8_t p[AT_ROWS][AQ_GROUPS * AT_KEYS];
+    size_t n, row[2 * AT_ROWS];
+    size_t used; /* leading tokens of the tile that may weigh something */
+    float keep[2 * AT_ROWS], scale[2 * AT_ROWS];
+    _Alignas(64) uint8_t p[2 * AT_ROWS][AQ_GROUPS * AT_KEYS];
 } aq_pass;
 
 /* ---- Rows ---- */
 
-static void aq_pack_row(aq_rows *x, size_t r) {
-    const float *q = x->a->q + (x->row0 + r) * x->dim;
-    for (size_t g = 0; g < x->groups; g++) {
-        vf v[IBIDI_BLOCK / VL], max = v_zero();
-        for (size_t i = 0; i < IBIDI_BLOCK / VL; i++) {
-            v[i] = v_load(q + g * IBIDI_BLOCK + i * VL);
-            max = v_max(max, v_abs(v[i]));
+/* The largest of 32 numbers and their opposites, somewhere in a vector. */
+INLINE vf aq_top(const float *q) {
+    vf max = v_abs(v_load(q));
+    for (size_t i = VL; i < IBIDI_BLOCK; i += VL) max = v_max(max, v_abs(v_load(q + i)));
+    return max;
+}
+
+/* The queries' groups of 32, VL of them at a time so that their scales are computed together. */
+static void aq_pack_rows(aq_rows *x) {
+    const float *q = x->a->q + x->row0 * x->dim;
+    size_t n = x->n * x->groups;
+    for (size_t i = 0; i < n; i += VL, q += VL * IBIDI_BLOCK) {
+        _Alignas(64) float top[VL];
+        size_t last = (n - i < VL ? n - i : VL) - 1;
+        for (size_t j = 0; j < VL; j += 4) {
+            vf m[4];
+            for (size_t k = 0; k < 4; k++) {
+                m[k] = aq_top(q + (j + k < last ? j + k : last) * IBIDI_BLOCK);
+            }
+            _mm_store_ps(top + j, v_max4(m[0], m[1], m[2], m[3]));
         }
-        float d = v_hmax(max) / 127;
-        vf inverse = v_set1(d > 0 ? 1 / d : 0);
-        vi sum = vi_set1(0);
-        for (size_t i = 0; i < IBIDI_BLOCK / VL; i++) {
-            vi n = vi_round(v_mul(v[i], inverse));
-            vi_store_i8(x->q + r * x->dim + g * IBIDI_BLOCK + i * VL, n);
-            sum = vi_add(sum, n);
+        vf d = v_div(v_load(top), v_set1(127));
+        v_store(x->scale + i, v_mul(d, v_set1(1.44269504f)));
+        v_store(top, v_where_greater(d, v_zero(), v_div(v_set1(1), d), v_zero()));
+        for (size_t j = 0; j <= last; j++) {
+            vf inverse = v_set1(top[j]);
+            int8_t *to = (int8_t *)x->q + (i + j) * IBIDI_BLOCK;
+            for (size_t k = 0; k < IBIDI_BLOCK; k += VL) {
+                vi_store_i8(to + k, vi_round(v_mul(v_load(q + j * IBIDI_BLOCK + k), inverse)));
+            }
         }
-        x->scale[r * x->groups + g] = d * 1.44269504f;
-        x->start[r * x->groups + g] = -128 * vi_hsum(sum);
+    }
+    for (size_t i = 0; i < n * IBIDI_BLOCK; i += VL * 4) {
+        vi_store(x->q + i, vi_flip_signs(vi_load(x->q + i)));
     }
 }
 
@@ -88,8 +110,8 @@ static void aq_begin(aq_rows *x, const ibid_attn_args *a, size_t row0, size_t n)
     x->n = n;
     x->dim = a->kv->head_dim;
     x->groups = x->dim / IBIDI_BLOCK;
+    aq_pack_rows(x);
     for (size_t r = 0; r < n; r++) {
-        aq_pack_row(x, r);
         x->top[r] = a->state[row0 + r].max * 1.44269504f;
         x->higher[r] = false;
     }
@@ -116,13 +138,27 @@ INLINE void aq_turn_keys(aq_tile *t, const int8_t *k, const size_t dim) {
             for (size_t i = 0; i < VL; i++) {
                 const int8_t *from = k + (i0 + i) * dim + d;
                 aq_fetch(from, dim);
-                m[i] = vi_flip_signs(vi_load_row(from, half));
+                m[i] = vi_load_row(from, half);
             }
             vi_transpose(m);
-            uint8_t *to = t->keys + (d / 4 * AT_KEYS + i0) * 4;
+            int8_t *to = t->keys + (d / 4 * AT_KEYS + i0) * 4;
             for (size_t j = 0; j < VL / 2; j++) vi_store(to + j * AT_KEYS * 4, m[j]);
             if (half) break;
             for (size_t j = VL / 2; j < VL; j++) vi_store(to + j * AT_KEYS * 4, m[j]);
+        }
+    }
+}
+
+INLINE void aq_sum_keys(aq_tile *t, const size_t groups) {
+    const vi ones = vi_set1(0x01010101);
+    for (size_t g = 0; g < groups; g++) {
+        const int8_t *keys = t->keys + g * IBIDI_BLOCK * AT_KEYS;
+        for (size_t i = 0; i < AT_KEYS; i += VL) {
+            vi sum = vi_set1(0);
+            for (size_t c = 0; c < IBIDI_BLOCK / 4; c++) {
+                sum = q8_dp(sum, ones, vi_load(keys + (c * AT_KEYS + i) * 4));
+            }
+            vi_store(t->k_start + g * AT_KEYS + i, vi_sub(vi_set1(0), vi_sll(sum, 7)));
         }
     }
 }
@@ -174,16 +210,12 @@ static void aq_turn_scales(const uint16_t *s, size_t groups, float *to) {
 
 static void aq_scale_values(aq_tile *t, size_t groups) {
     for (size_t g = 0; g < groups; g++) {
-        float *s = t->v_scale[0] + g * AT_KEYS, *fine = t->v_scale[1] + g * AT_KEYS;
+        float *s = t->v_scale + g * AT_KEYS;
         vf max = v_load(s);
         for (size_t i = VL; i < AT_KEYS; i += VL) max = v_max(max, v_load(s + i));
         t->v_max[g] = v_hmax(max);
-        vf inverse = v_set1(t->v_max[g] > 0 ? 255 / t->v_max[g] : 0);
-        for (size_t i = 0; i < AT_KEYS; i += VL) {
-            vf one = v_mul(v_load(s + i), inverse);
-            v_store(s + i, one);
-            v_store(fine + i, v_mul(one, v_set1(257)));
-        }
+        vf inverse = v_set1(t->v_max[g] > 0 ? AQ_ONE / t->v_max[g] : 0);
+        for (size_t i = 0; i < AT_KEYS; i += VL) v_store(s + i, v_mul(v_load(s + i), inverse));
     }
 }
 
@@ -256,9 +288,10 @@ INLINE void aq_load_dim(aq_tile *t, const ibid_attn_args *a, const aq_keys *s, c
         vs = aq_gather(t->copy_scale[1], vs, s, groups * sizeof *vs);
     }
     aq_turn_keys(t, k, dim);
+    aq_sum_keys(t, groups);
     aq_turn_values(t, v, dim);
     aq_turn_scales(ks, groups, t->k_scale);
-    aq_turn_scales(vs, groups, t->v_scale[0]);
+    aq_turn_scales(vs, groups, t->v_scale);
     aq_scale_values(t, groups);
 }
 
@@ -282,15 +315,15 @@ __attribute__((noinline)) static void aq_load(aq_tile *t, const ibid_attn_args *
 /* Scores of N rows for V vectors of keys from `key` on, in units of log 2. */
 INLINE void aq_scores(const int N, const int V, const aq_rows *x, const aq_tile *t,
                       const size_t *row, size_t key, float (*out)[AT_KEYS]) {
-    const int8_t *q[AT_ROWS];
+    const uint8_t *q[AT_ROWS];
     for (int i = 0; i < N; i++) q[i] = x->q + row[i] * x->dim;
     for (size_t g = 0; g < x->groups; g++) {
         vi sum[AT_ROWS][AT_VECS];
-        for (int i = 0; i < N; i++) {
-            vi start = vi_set1(x->start[row[i] * x->groups + g]);
-            for (int v = 0; v < V; v++) sum[i][v] = start;
+        for (int v = 0; v < V; v++) {
+            vi start = vi_load(t->k_start + g * AT_KEYS + key + v * VL);
+            for (int i = 0; i < N; i++) sum[i][v] = start;
         }
-        const uint8_t *keys = t->keys + (g * IBIDI_BLOCK / 4 * AT_KEYS + key) * 4;
+        const int8_t *keys = t->keys + (g * IBIDI_BLOCK / 4 * AT_KEYS + key) * 4;
 #pragma GCC unroll 8
         for (size_t c = 0; c < IBIDI_BLOCK / 4; c++) {
             vi k[AT_VECS];
@@ -299,7 +332,7 @@ INLINE void aq_scores(const int N, const int V, const aq_rows *x, const aq_tile 
                 int32_t four;
                 memcpy(&four, q[i] + g * IBIDI_BLOCK + 4 * c, 4);
                 vi qv = vi_set1(four);
-                for (int v = 0; v < V; v++) sum[i][v] = q8_dp(sum[i][v], k[v], qv);
+                for (int v = 0; v < V; v++) sum[i][v] = q8_dp(sum[i][v], qv, k[v]);
             }
         }
         vf ks[AT_VECS];
@@ -353,7 +386,7 @@ static void aq_scores_any(size_t n, const aq_rows *x, const aq_tile *t, const si
 
 /* ---- Weighted values ---- */
 
-/* N rows, V vectors of dimensions from col on, the tile's first TOKENS. */
+/* The pass's first N rows, V vectors of dimensions from col on, the tile's first TOKENS. */
 INLINE void aq_values(const int N, const int V, const size_t TOKENS, const aq_pass *s,
                       const aq_rows *x, const aq_tile *t, size_t col) {
     enum { PER_GROUP = IBIDI_BLOCK / VL };
@@ -367,7 +400,7 @@ INLINE void aq_values(const int N, const int V, const size_t TOKENS, const aq_pa
     /* All of it unrolled: as a loop, compilers copy the sums on every round. */
 #pragma GCC unroll 16
     for (size_t quad = 0; quad < TOKENS / 4; quad++, values += ld) {
-        /* vi_pack_bytes puts the quads of four vectors of weights in this order. */
+        /* vi_pack_planes puts the quads of four vectors of weights in this order. */
         size_t at = quad / VL * VL + quad % (VL / 4) * 4 + quad % VL / (VL / 4);
         vi b[AT_VECS];
         for (int v = 0; v < V; v++) b[v] = vi_load(values + v * VL * 4);
@@ -418,6 +451,7 @@ INLINE void aq_values_used(const int N, const aq_pass *s, const aq_rows *x, cons
         aq_values_cols(N, 16, s, x, t);
 }
 
+/* The first AT_ROWS rows, or all there are, meet the values. */
 static void aq_flush(aq_pass *s, const aq_rows *x, const aq_tile *t) {
     switch (s->n) {
     case 0:
@@ -441,51 +475,36 @@ static void aq_flush(aq_pass *s, const aq_rows *x, const aq_tile *t) {
         aq_values_used(AT_ROWS, s, x, t);
         break;
     }
-    s->n = s->used = 0;
-}
-
-/* ---- Softmax ---- */
-
-enum { AQ_VECS = AT_KEYS / VL };
-
-typedef struct aq_group {
-    size_t n, row[AT_ROWS];
-    uint64_t bits[AT_ROWS]; /* keys of the tile the row may use */
-    _Alignas(64) float s[AT_ROWS][AT_KEYS];
-} aq_group;
-
-/* Reserves a place for a row. */
-static size_t aq_place(aq_pass *s, const aq_rows *x, const aq_tile *t, size_t row, size_t used) {
-    if (s->n == AT_ROWS) aq_flush(s, x, t);
-    s->row[s->n] = row;
-    if (used > s->used) s->used = used;
-    return s->n++;
-}
-
-/* Weights e of a row to bytes: one plane, or two for 16 bits. */
-INLINE void aq_round(const vf e[AQ_VECS], const aq_tile *t, size_t groups, uint8_t *high,
-                     uint8_t *low) {
-    const float *scale = t->v_scale[low != NULL];
-    for (size_t g = 0; g < groups; g++) {
-        for (size_t b = 0; b < AQ_VECS; b += 4) {
-            vi n[4];
-            size_t at = g * AT_KEYS + b * VL;
-            for (size_t j = 0; j < 4; j++) {
-                n[j] = vi_round(v_mul(e[b + j], v_load(scale + at + j * VL)));
-            }
-            if (low)
-                vi_pack_halves(n, high + at, low + at);
-            else
-                vi_pack_bytes(n, high + at);
+    s->n = s->n > AT_ROWS ? s->n - AT_ROWS : 0;
+    for (size_t i = 0; i < s->n; i++) {
+        s->row[i] = s->row[AT_ROWS + i];
+        s->keep[i] = s->keep[AT_ROWS + i];
+        s->scale[i] = s->scale[AT_ROWS + i];
+        for (size_t b = 0; b < x->groups * AT_KEYS; b += VL * 4) {
+            vi_store(s->p[i] + b, vi_load(s->p[AT_ROWS + i] + b));
         }
     }
 }
 
-/* What a group's rows see of the first VECS vectors of a tile's keys, into their states; what they
- * weigh, to the passes. */
-INLINE void aq_attend_keys(const size_t VECS, size_t used, aq_group *g, aq_rows *x,
-                           const aq_tile *t, aq_pass *high, aq_pass *low) {
-    _Alignas(64) float top[16], drop[16];
+/* ---- Softmax ---- */
+
+/* Every step is taken for all rows of a group before the next: so that sums across lanes are of
+ * four rows at once, and nothing waits for a branch that depends on them. */
+enum { AQ_VECS = AT_KEYS / VL, AQ_FOURS = (AT_ROWS + 3) / 4 * 4 };
+_Static_assert((int)AQ_FOURS <= (int)VL, "a group's rows fill part of a vector");
+
+typedef struct aq_group {
+    size_t n, row[AT_ROWS];
+    uint32_t live;                          /* a bit for each row that the tile changes */
+    uint64_t bits[AT_ROWS];                 /* keys of the tile the row may use */
+    _Alignas(64) float s[AT_ROWS][AT_KEYS]; /* scores, then weights */
+    _Alignas(64) float wide[AQ_FOURS][VL];  /* what is to be summed up over a row's lanes */
+    _Alignas(64) float top[VL], old[VL], seen[VL], keep[VL], weight[VL], sum[VL];
+} aq_group;
+
+/* The rows' best scores, and what the rows' sums (keep) and this tile's (weight) are worth from now
+ * on, as shares of the better of both bests. */
+INLINE void aq_tops(const size_t VECS, aq_group *g, const aq_rows *x) {
     for (size_t i = 0; i < g->n; i++) {
         vf max = v_set1(-INFINITY);
         for (size_t j = 0; j < VECS; j++) {
@@ -496,50 +515,80 @@ INLINE void aq_attend_keys(const size_t VECS, size_t used, aq_group *g, aq_rows 
             }
             max = v_max(max, s);
         }
-        top[i] = v_hmax(max);
-        drop[i] = -fabsf(top[i] - x->top[g->row[i]]);
+        v_store(g->wide[i], max);
+        g->old[i] = x->top[g->row[i]];
+        g->seen[i] = x->a->state[x->row0 + g->row[i]].sum;
     }
-    for (size_t i = g->n; i < 16; i++) drop[i] = 0;
-    for (size_t i = 0; i < g->n; i += VL) {
-        v_store(drop + i, v_exp(v_mul(v_load(drop + i), v_set1(0.693147181f))));
+    for (size_t i = 0; i < g->n; i += 4) {
+        _mm_store_ps(g->top + i, v_max4(v_load(g->wide[i]), v_load(g->wide[i + 1]),
+                                        v_load(g->wide[i + 2]), v_load(g->wide[i + 3])));
     }
+    vf top = v_load(g->top), old = v_load(g->old), seen = v_min(v_load(g->seen), v_set1(AT_KEYS));
+    vf drop = v_exp(v_mul(v_sub(v_min(top, old), v_max(top, old)), v_set1(0.693147181f)));
+    v_store(g->keep, v_where_greater(top, old, drop, v_set1(1)));
+    vf weight = v_where_greater(top, old, v_set1(1), drop);
+    v_store(g->weight, weight);
+    g->live = v_greater(top, v_set1(-INFINITY)) & ((1u << g->n) - 1) &
+              ~v_greater(seen, v_mul(weight, v_set1(AQ_NOTHING)));
+}
 
-    for (size_t i = 0; i < g->n; i++) {
-        size_t row = g->row[i];
-        float old = x->top[row];
-        if (!(top[i] > -INFINITY) || top[i] < old - AQ_NOTHING) continue;
-        vf e[AQ_VECS], sum = v_zero();
-        for (size_t j = 0; j < AQ_VECS; j++) {
-            e[j] = v_zero();
-            if (j >= VECS) continue;
-            e[j] = v_exp2_low(v_sub(v_load(g->s[i] + j * VL), v_set1(top[i])));
-            sum = v_add(sum, e[j]);
+/* Scores to weights, as shares of the tile's best, and their sums. */
+INLINE void aq_weigh(const size_t VECS, aq_group *g) {
+    for (uint32_t live = g->live; live; live &= live - 1) {
+        size_t i = (size_t)__builtin_ctz(live);
+        vf sum = v_zero(), top = v_set1(g->top[i]);
+        for (size_t j = 0; j < VECS; j++) {
+            vf e = v_exp2_low(v_sub(v_load(g->s[i] + j * VL), top));
+            v_store(g->s[i] + j * VL, e);
+            sum = v_add(sum, e);
         }
-        float total = v_hsum(sum), keep = 1, w = drop[i];
-        if (top[i] > old) {
-            keep = drop[i];
-            w = 1;
-            x->top[row] = top[i];
-            x->higher[row] = true;
+        v_store(g->wide[i], sum);
+    }
+    for (size_t i = 0; i < g->n; i += 4) {
+        _mm_store_ps(g->sum + i, v_sum4(v_load(g->wide[i]), v_load(g->wide[i + 1]),
+                                        v_load(g->wide[i + 2]), v_load(g->wide[i + 3])));
+    }
+}
+
+/* A row's weights to two planes of bytes. half: to the nearest in the high one alone. */
+INLINE void aq_round(const size_t VECS, const float *e, const aq_tile *t, size_t groups,
+                     uint16_t half, uint8_t *high, uint8_t *low) {
+    for (size_t g = 0; g < groups; g++) {
+        for (size_t b = 0; b < AQ_VECS; b += 4) {
+            vi n[4];
+            size_t at = g * AT_KEYS + b * VL;
+            for (size_t j = 0; j < 4; j++) {
+                n[j] = vi_set1(0);
+                if (b + j >= VECS) continue;
+                n[j] = vi_round(v_mul(v_load(e + (b + j) * VL), v_load(t->v_scale + at + j * VL)));
+            }
+            vi_pack_planes(n, half, high + at, low + at);
         }
+    }
+}
+
+/* What a group's rows see of the first VECS vectors of a tile's keys, into their states; what they
+ * weigh, to the passes. */
+INLINE void aq_attend_keys(const size_t VECS, aq_group *g, aq_rows *x, const aq_tile *t,
+                           aq_pass *high, aq_pass *low) {
+    aq_tops(VECS, g, x);
+    aq_weigh(VECS, g);
+    for (uint32_t live = g->live; live; live &= live - 1) {
+        size_t i = (size_t)__builtin_ctz(live), row = g->row[i], h = high->n, l = low->n;
+        float w = g->weight[i];
+        x->higher[row] |= g->top[i] > g->old[i];
+        x->top[row] = g->top[i] > g->old[i] ? g->top[i] : g->old[i];
         ibid_attn_state *st = &x->a->state[x->row0 + row];
-        st->sum = st->sum * keep + w * total;
+        st->sum = st->sum * g->keep[i] + w * g->sum[i];
         bool one = st->sum >= AQ_SPREAD * w;
-        if (!one && low->n == AT_ROWS) { /* a row's high plane must come first: it scales acc */
-            aq_flush(high, x, t);
-            aq_flush(low, x, t);
-        }
-        size_t h = aq_place(high, x, t, row, used);
-        high->keep[h] = keep;
-        high->scale[h] = w * (one ? 1.0f / 255 : 256.0f / 65535);
-        if (one) {
-            aq_round(e, t, x->groups, high->p[h], NULL);
-            continue;
-        }
-        size_t l = aq_place(low, x, t, row, used);
+        high->row[h] = low->row[l] = row;
+        high->keep[h] = g->keep[i];
+        high->scale[h] = w * (256.0f / AQ_ONE);
         low->keep[l] = 1;
-        low->scale[l] = w * (1.0f / 65535);
-        aq_round(e, t, x->groups, high->p[h], low->p[l]);
+        low->scale[l] = w * (1.0f / AQ_ONE);
+        aq_round(VECS, g->s[i], t, x->groups, one ? 128 : 0, high->p[h], low->p[l]);
+        high->n = h + 1;
+        low->n = l + !one;
     }
 }
 
@@ -550,21 +599,27 @@ static void aq_attend(aq_group *g, aq_rows *x, const aq_tile *t, aq_pass *high, 
     size_t used = 64 - (size_t)__builtin_clzll(any);
     aq_scores_any(g->n, x, t, g->row, used, g->s);
     if (used > 48)
-        aq_attend_keys(64 / VL, used, g, x, t, high, low);
+        aq_attend_keys(64 / VL, g, x, t, high, low);
     else if (used > 32)
-        aq_attend_keys(48 / VL, used, g, x, t, high, low);
+        aq_attend_keys(48 / VL, g, x, t, high, low);
     else if (used > 16)
-        aq_attend_keys(32 / VL, used, g, x, t, high, low);
+        aq_attend_keys(32 / VL, g, x, t, high, low);
     else
-        aq_attend_keys(16 / VL, used, g, x, t, high, low);
+        aq_attend_keys(16 / VL, g, x, t, high, low);
     g->n = 0;
+    if (used > high->used) high->used = used;
+    if (used > low->used) low->used = used;
+    if (high->n >= AT_ROWS) aq_flush(high, x, t);
+    if (low->n < AT_ROWS) return;
+    aq_flush(high, x, t); /* a row's high plane comes first: it scales acc */
+    aq_flush(low, x, t);
 }
 
 static void aq_batch(aq_rows *x, aq_tile *t) {
     const ibid_attn_args *a = x->a;
-    aq_group g;
+    aq_group g = {.n = 0};
     aq_pass high, low;
-    g.n = high.n = low.n = high.used = low.used = 0;
+    high.n = low.n = high.used = low.used = 0;
     for (aq_keys keys = {.next = 0}; aq_next_keys(a, &keys), keys.n;) {
         bool loaded = false;
         for (size_t r = 0; r < x->n; r++) {
@@ -579,6 +634,7 @@ static void aq_batch(aq_rows *x, aq_tile *t) {
         aq_attend(&g, x, t, &high, &low);
         aq_flush(&high, x, t);
         aq_flush(&low, x, t);
+        high.used = low.used = 0;
     }
 }
 

@@ -84,6 +84,16 @@ INLINE vf v_pick(uint32_t bits, vf a, vf b) {
     return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(set));
 }
 
+/* x where a > b, else y. */
+INLINE vf v_where_greater(vf a, vf b, vf x, vf y) {
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
+
+/* A bit for each lane where a > b. */
+INLINE uint32_t v_greater(vf a, vf b) {
+    return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
+
 /* The sums of a, b, c, d over their lanes, in one order always. */
 INLINE __m128 v_sum4(vf a, vf b, vf c, vf d) {
     __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
@@ -92,6 +102,16 @@ INLINE __m128 v_sum4(vf a, vf b, vf c, vf d) {
     __m256 hi = _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(ab), _mm256_castps_pd(cd)));
     __m256 s = _mm256_add_ps(lo, hi); /* two (a, b, c, d) */
     return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+}
+
+/* And the largest of each. */
+INLINE __m128 v_max4(vf a, vf b, vf c, vf d) {
+    __m256 ab = _mm256_max_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    __m256 cd = _mm256_max_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    __m256 lo = _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(ab), _mm256_castps_pd(cd)));
+    __m256 hi = _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(ab), _mm256_castps_pd(cd)));
+    __m256 s = _mm256_max_ps(lo, hi);
+    return _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
 
 /* exp(x), relative error below 2e-7; 0 below about -87, finite above 88. */
@@ -326,18 +346,16 @@ INLINE void vi_quads(vi m[4]) {
     m[2] = _mm256_unpacklo_epi16(h01, h23);
     m[3] = _mm256_unpackhi_epi16(h01, h23);
 }
-/* Lanes to unsigned bytes, those out of range to the nearest. The four bytes at 4 * (4i + j) are
- * lanes 4i .. 4i + 3 of n[j]. */
-INLINE void vi_pack_bytes(const vi n[4], uint8_t *to) {
+/* Lanes of 16 bits to two planes of bytes: their high bytes once `half` (of every 16 bits) is
+ * added, at most 255, and their low ones. The four bytes at 4 * (4i + j) are lanes 4i .. 4i + 3 of
+ * n[j]. */
+INLINE void vi_pack_planes(const vi n[4], uint16_t half, uint8_t *high, uint8_t *low) {
+    const vi byte = _mm256_set1_epi16(255), add = _mm256_set1_epi16((short)half);
     vi a = _mm256_packus_epi32(n[0], n[1]), b = _mm256_packus_epi32(n[2], n[3]);
-    vi_store(to, _mm256_packus_epi16(a, b));
-}
-/* The same of 16 bits: their high and low bytes. */
-INLINE void vi_pack_halves(const vi n[4], uint8_t *high, uint8_t *low) {
-    const vi byte = _mm256_set1_epi16(255);
-    vi a = _mm256_packus_epi32(n[0], n[1]), b = _mm256_packus_epi32(n[2], n[3]);
-    vi_store(high, _mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8)));
     vi_store(low, _mm256_packus_epi16(_mm256_and_si256(a, byte), _mm256_and_si256(b, byte)));
+    a = _mm256_srli_epi16(_mm256_adds_epu16(a, add), 8);
+    b = _mm256_srli_epi16(_mm256_adds_epu16(b, add), 8);
+    vi_store(high, _mm256_packus_epi16(a, b));
 }
 
 /* For simd_maxsim.h. */

@@ -78,6 +78,16 @@ INLINE vf v_pick(uint32_t bits, vf a, vf b) {
     return _mm512_mask_blend_ps((__mmask16)bits, b, a);
 }
 
+/* x where a > b, else y. */
+INLINE vf v_where_greater(vf a, vf b, vf x, vf y) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
+}
+
+/* A bit for each lane where a > b. */
+INLINE uint32_t v_greater(vf a, vf b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+}
+
 /* The sums of a, b, c, d over their lanes, in one order always. */
 INLINE __m128 v_sum4(vf a, vf b, vf c, vf d) {
     __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -87,6 +97,17 @@ INLINE __m128 v_sum4(vf a, vf b, vf c, vf d) {
     __m512 s = _mm512_add_ps(lo, hi); /* four (a, b, c, d) */
     __m256 h = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
     return _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+}
+
+/* And the largest of each. */
+INLINE __m128 v_max4(vf a, vf b, vf c, vf d) {
+    __m512 ab = _mm512_max_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 cd = _mm512_max_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512 lo = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+    __m512 hi = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+    __m512 s = _mm512_max_ps(lo, hi);
+    __m256 h = _mm256_max_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+    return _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
 }
 
 /* exp(x), relative error below 2e-7; 0 below about -104, finite above 88. */
@@ -305,18 +326,16 @@ INLINE void vi_quads(vi m[4]) {
     m[2] = _mm512_unpacklo_epi16(h01, h23);
     m[3] = _mm512_unpackhi_epi16(h01, h23);
 }
-/* Lanes to unsigned bytes, those out of range to the nearest. The four bytes at 4 * (4i + j) are
- * lanes 4i .. 4i + 3 of n[j]. */
-INLINE void vi_pack_bytes(const vi n[4], uint8_t *to) {
+/* Lanes of 16 bits to two planes of bytes: their high bytes once `half` (of every 16 bits) is
+ * added, at most 255, and their low ones. The four bytes at 4 * (4i + j) are lanes 4i .. 4i + 3 of
+ * n[j]. */
+INLINE void vi_pack_planes(const vi n[4], uint16_t half, uint8_t *high, uint8_t *low) {
+    const vi byte = _mm512_set1_epi16(255), add = _mm512_set1_epi16((short)half);
     vi a = _mm512_packus_epi32(n[0], n[1]), b = _mm512_packus_epi32(n[2], n[3]);
-    vi_store(to, _mm512_packus_epi16(a, b));
-}
-/* The same of 16 bits: their high and low bytes. */
-INLINE void vi_pack_halves(const vi n[4], uint8_t *high, uint8_t *low) {
-    const vi byte = _mm512_set1_epi16(255);
-    vi a = _mm512_packus_epi32(n[0], n[1]), b = _mm512_packus_epi32(n[2], n[3]);
-    vi_store(high, _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8)));
     vi_store(low, _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte)));
+    a = _mm512_srli_epi16(_mm512_adds_epu16(a, add), 8);
+    b = _mm512_srli_epi16(_mm512_adds_epu16(b, add), 8);
+    vi_store(high, _mm512_packus_epi16(a, b));
 }
 
 /* For simd_maxsim.h. */
