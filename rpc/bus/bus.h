@@ -98,7 +98,7 @@ typedef struct ibid_stream ibid_stream;   /* one stream, counted reference */
 
 ibid_err ibid_streams_open(size_t max_streams, size_t max_events, ibid_streams **out);
 /* Closing a room with streams: ibid_streams_stop, join the producers, ibid_server_close,
- * ibid_streams_close. stop cancels every stream, wakes who waits, and refuses new ones (UNAVAIL). */
+ * ibid_streams_close. stop cancels every stream, wakes who waits (UNAVAIL, as for new ones). */
 void ibid_streams_stop(ibid_streams *t);
 void ibid_streams_close(ibid_streams *t); /* producers and handlers must have ended */
 /* Another patience than 60 s for streams nobody asks for (tests). */

@@ -278,7 +278,10 @@ static ibid_err hand_out(ibid_stream *s, uint64_t seq, ibid_enc *reply) {
         ibid_enc_raw(reply, "event", ev->data, ev->n);
         return IBID_OK;
     }
-    if (s->cancelled) return ibid_fail(IBID_CANCELLED, "the stream was cancelled");
+    /* Nobody asked for this end: whoever waits may ask the room's next process. */
+    if (s->table->stopped && s->cancelled && (!s->error || s->error == IBID_CANCELLED))
+        return ibid_fail(IBID_UNAVAIL, "the room is stopping; ask again");
+    if (s->cancelled && !s->error) return ibid_fail(IBID_CANCELLED, "the stream was cancelled");
     if (!s->ended) return ibid_fail(IBID_TIMEOUT, "no event in time");
     if (!s->error)
         return ibid_fail(IBID_INVAL, "the stream ended before event %llu", (unsigned long long)seq);

@@ -626,7 +626,7 @@ static void test_close_while_waiting(void **state) {
     echo_close(fx.room);
     fx.room = NULL;
     (void)pthread_join(t, NULL);
-    assert_int_equal(l.e, IBID_CANCELLED);
+    assert_int_equal(l.e, IBID_UNAVAIL);
     assert_true(l.ms < 2000);
 }
 
