@@ -44,6 +44,20 @@ static bool within(const chunk_keys *k, const ibidi_place *p) {
     return p->to > p->from && p->to <= k->n;
 }
 
+/* MaxSim of the question with the tokens of a place, best [question tokens] theirs; *score is
+ * -INFINITY where the place's keys are not to be had. */
+static ibid_err score_place(ibidi_finder *f, const ibidi_place *p, chunk_keys *k, int32_t *best,
+                            double *score) {
+    const ibidi_asking *q = &f->question.asking;
+    *score = -INFINITY;
+    if (p->chunk >= f->n_chunks) return IBID_OK;
+    ibid_err e = keys_of(f, p->chunk, k);
+    if (!e && within(k, p))
+        *score =
+            ibidi_maxsim_keys(f->r->kernels, q, k->keys + p->from * q->dim, p->to - p->from, best);
+    return e;
+}
+
 /* best[entity][t]: the highest product of question token t with a token of its mentions. */
 static ibid_err score_mentions(ibidi_finder *f) {
     const ibidi_candidates *c = f->found;
@@ -52,10 +66,9 @@ static ibid_err score_mentions(ibidi_finder *f) {
     int32_t *one = ibid_calloc(q->n, sizeof *one);
     ibid_err e = one ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory for a question");
     for (size_t i = 0; i < c->spans.n && !e; i++) {
-        if (c->spans.v[i].kind != IBIDI_SPAN_NAME || c->places[i].chunk >= f->n_chunks) continue;
-        const ibidi_place *p = &c->places[i];
-        if ((e = keys_of(f, p->chunk, &k)) || !within(&k, p)) continue;
-        (void)ibidi_maxsim_keys(f->r->kernels, q, k.keys + p->from * q->dim, p->to - p->from, one);
+        double score;
+        if (c->spans.v[i].kind != IBIDI_SPAN_NAME) continue;
+        if ((e = score_place(f, &c->places[i], &k, one, &score)) || isinf(score)) continue;
         int32_t *best = f->best + c->spans.v[i].entity * q->n;
         for (size_t t = 0; t < q->n; t++)
             if (one[t] > best[t]) best[t] = one[t];
@@ -261,10 +274,8 @@ static ibid_err add_kinds(ibidi_finder *f) {
         if (m->kind == IBIDI_SPAN_NAME || !(f->asked.kinds & 1u << m->kind)) continue;
         while (s < c->n_sentences && c->sentences[s].end <= m->start) s++;
         const ibidi_place *p = s < c->n_sentences ? &c->sentences[s].at : &c->places[i];
-        double score = 0;
-        if (p->chunk < f->n_chunks && !(e = keys_of(f, p->chunk, &k)) && within(&k, p))
-            score = ibidi_maxsim_keys(f->r->kernels, q, k.keys + p->from * q->dim, p->to - p->from,
-                                      best);
+        double score;
+        e = score_place(f, p, &k, best, &score);
         score = 0.5 + 0.3 * fmax(0, fmin(1, score));
         if (!e && score >= f->threshold && !ibidi_find_holds_exact(f, m->start, m->end))
             e = ibidi_find_add(
@@ -283,10 +294,8 @@ static ibid_err add_sentences(ibidi_finder *f) {
     ibid_err e = best ? IBID_OK : ibid_fail(IBID_NOMEM, "out of memory for a question");
     for (size_t i = 0; i < c->n_sentences && !e; i++) {
         const ibidi_sentence_at *s = &c->sentences[i];
-        if (s->at.chunk >= f->n_chunks || (e = keys_of(f, s->at.chunk, &k)) || !within(&k, &s->at))
-            continue;
-        double score = ibidi_maxsim_keys(f->r->kernels, q, k.keys + s->at.from * q->dim,
-                                         s->at.to - s->at.from, best);
+        double score;
+        if ((e = score_place(f, &s->at, &k, best, &score)) || isinf(score)) continue;
         /* On the scale of entities: the calibration's threshold meets theirs. */
         score = fmax(0, fmin(0.8, score / f->find_keys * f->threshold));
         if (score >= f->threshold && !ibidi_find_holds_exact(f, s->start, s->end))
