@@ -4,6 +4,7 @@
 #include "attention/model/internal.h"
 #include "attention/plan/answer.h"
 #include "attention/plan/prompt.h"
+#include "rpc/base/sanitized.h"
 #include "tests/support/engine_fixture.h"
 
 #include <pthread.h>
@@ -17,16 +18,7 @@
 #include <cmocka.h>
 /* clang-format on */
 
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) ||                         \
-    __has_feature(memory_sanitizer)
-#define SANITIZED 1
-#endif
-#endif
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define SANITIZED 1
-#endif
-#if defined(__GLIBC__) && !defined(SANITIZED)
+#if defined(__GLIBC__) && !IBID_SANITIZED
 #define COUNTING 1
 #endif
 

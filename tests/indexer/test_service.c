@@ -3,6 +3,7 @@
 #include "tests/indexer/rooms.h"
 
 #include "rpc/base/clock.h"
+#include "rpc/base/sanitized.h"
 
 static const char *bin;
 
@@ -134,7 +135,8 @@ static void large_text_in_little_memory(void **state) {
            (unsigned long long)s.forecast_tokens, ibid_ms_since(start) / 1000,
            (unsigned long long)(peak >> 10));
     assert_true(s.forecast_tokens > mb * 50000);
-    assert_true(peak < 512 * 1024);
+    /* Not under a sanitizer: its shadow memory is counted with the indexer's own. */
+    assert_true(IBID_SANITIZED || peak < 512 * 1024);
     ibid_job_status_close(&s);
     ibid_buf_fini(&b);
     rooms_close(&r);
