@@ -63,6 +63,7 @@ static void carve_threads(ibid_engine *e, carver *c) {
         t->q_turned = carve(c, n * dim, sizeof *t->q_turned);
         t->acc = carve(c, n * dim, sizeof *t->acc);
         t->lse = carve(c, n, sizeof *t->lse);
+        t->laid = carve(c, 2 * IBID_KV_TILE * dim, sizeof *t->laid);
         t->state = carve(c, n, sizeof *t->state);
         t->visible = carve(c, n, sizeof *t->visible);
     }
@@ -122,6 +123,7 @@ static void plan_pages(ibid_engine *e) {
     }
     e->live_type = e->int8 && e->m->head_dim % 32 == 0 ? IBID_KV_Q8_0 : IBID_KV_F32;
     e->attn = e->int8 && e->k->attn_i8 ? e->k->attn_i8 : e->k->attn;
+    e->attn_mass = e->int8 && e->k->attn_mass_i8 ? e->k->attn_mass_i8 : e->k->attn_mass;
     if (e->live_type == IBID_KV_Q8_0) { /* an f16 per 32 values */
         e->page_tokens = IBIDI_PAGE_I8;
         e->page_bytes = 2 * e->page_tokens * (e->page_bytes + e->page_bytes / 16);
@@ -178,6 +180,7 @@ void ibid_engine_close(ibid_engine *e) {
     ibid_free(e->pieces);
     ibid_free(e->partial_state);
     ibid_free(e->partial_acc);
+    ibidi_tiles_close(e);
     ibid_free(e);
 }
 
@@ -533,7 +536,8 @@ static ibid_err run_chunk(ibid_engine *e, const atomic_bool *cancel) {
 
 /* ---- Steps ---- */
 
-/* Takes up to IBIDI_CHUNK rows from (*step, *row) on as the next chunk. */
+/* Takes up to IBIDI_CHUNK rows from (*step, *row) on as the next chunk. Steps of few rows are not
+ * cut: how attn_i8 rounds depends on how far its view of live rows goes. */
 static void next_chunk(ibid_engine *e, ibid_step *steps, size_t n_steps, size_t *step,
                        size_t *row) {
     e->n_pieces = e->n_rows = 0;
@@ -541,6 +545,7 @@ static void next_chunk(ibid_engine *e, ibid_step *steps, size_t n_steps, size_t 
         ibid_step *s = &steps[*step];
         size_t left = s->n - *row, n = IBIDI_CHUNK - e->n_rows;
         if (n > left) n = left;
+        if (n < left && s->n < IBIDI_MANY && e->n_rows) break;
         if (n) {
             ibidi_piece *p = &e->pieces[e->n_pieces++];
             *p = (ibidi_piece){.step = s, .seq = s->seq, .row0 = *row, .n = n, .at = e->n_rows};
@@ -564,7 +569,8 @@ static ibid_err run_steps(ibid_engine *e, ibid_step *steps, size_t n_steps,
     while (!err && step < n_steps) {
         next_chunk(e, steps, n_steps, &step, &row);
         if (e->n_rows == 0) break;
-        if (!(err = reserve_partials(e))) err = run_chunk(e, cancel);
+        if (!(err = reserve_partials(e)) && !(err = ibidi_plan_tiles(e)))
+            err = run_chunk(e, cancel);
     }
     return err;
 }

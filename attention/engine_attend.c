@@ -98,6 +98,24 @@ static void gather(const ibid_engine *e, size_t head, size_t row0, size_t n, flo
     }
 }
 
+/* The task of a laid piece. */
+static void attend_tiles(ibid_engine *e, const task *t, ibidi_thread *th, ibid_attn_state *state,
+                         float *acc) {
+    size_t n = t->n * e->group, live = t->p->seq->base + t->p->row0 + t->row0 - t->p->at;
+    for (size_t r = 0; r < n; r++) {
+        th->visible[r] = ibidi_row_sees(e, t->p, live + r / e->group);
+    }
+    e->k->hadamard(th->q, n * e->m->head_dim);
+    ibid_tiles_args a = {.tiles = ibidi_tiles_of(e, t->p, t->head),
+                         .head_dim = e->m->head_dim,
+                         .n_rows = n,
+                         .q = th->q,
+                         .visible = th->visible,
+                         .state = state,
+                         .acc = acc};
+    e->k->attn_tiles(&a);
+}
+
 /* How many of a segment's tokens from t0 on each query row sees (those at lower positions); false
  * if none sees any. */
 static bool see_segment(const ibidi_seg *g, size_t t0, size_t t1, const ibidi_piece *p, size_t row0,
@@ -244,8 +262,12 @@ static void attend_part(void *arg, size_t part, size_t thread) {
     ibid_attn_args a = {.n_rows = n, .visible = th->visible, .state = state, .acc = acc};
     size_t lo = t.split * t.p->split, hi = lo + t.p->split;
     if (t.split + 1 == t.p->n_splits) hi = SIZE_MAX;
-    attend_segments(e, &t, th, j->layer, lo, hi, &a);
-    attend_live(e, &t, th, j->layer, lo, hi, &a);
+    if (t.p->laid) {
+        attend_tiles(e, &t, th, state, acc);
+    } else {
+        attend_segments(e, &t, th, j->layer, lo, hi, &a);
+        attend_live(e, &t, th, j->layer, lo, hi, &a);
+    }
     if (split) return;
     for (size_t i = 0; i < n; i++) {
         finish_row(e, t.row0 + i / e->group, t.head * e->group + i % e->group, &state[i],
@@ -318,7 +340,7 @@ static void probe_range(const probe_job *j, size_t segment, size_t t0, size_t t1
             ibid_attn_args a = {.kv = &view, .n_rows = n * n_chosen, .visible = th->visible};
             a.q = turned(e, g, view.type, th->q, a.n_rows, th->q_turned);
             a.masked = g->s.masked ? g->s.masked + t0 / 64 : NULL;
-            e->k->attn_mass(&a, th->lse, mass);
+            e->attn_mass(&a, th->lse, mass);
         }
     }
 }
@@ -358,6 +380,7 @@ void ibidi_attend(ibid_engine *e, size_t layer) {
     j.n_tasks = plan_tasks(e);
     for (size_t i = 0; i < e->n_pieces; i++)
         if (e->pieces[i].pick) ibidi_pick_summarise(e, &e->pieces[i], layer);
+    ibidi_lay_tiles(e, layer);
     ibid_pool_run(e->pool, j.n_tasks, attend_part, &j);
     for (size_t i = 0; i < e->n_pieces; i++) split |= e->pieces[i].n_splits > 1;
     if (split) ibidi_each_row(e, e->n_rows, merge_row, layer);

@@ -6,6 +6,7 @@
  * engine_linear.c   weights times activations, split into parts for the pool
  * engine_pack.c     weights in panels for integer arithmetic, and their file
  * engine_attend.c   attention of a chunk over segments and live rows; attention mass
+ * engine_tiles.c    the context of steps with many rows, laid into tiles
  * engine_select.c   which pages a decoding row reads
  * engine_seq.c      sequences: segments, pages of live KV, export */
 #ifndef IBID_ATTENTION_ENGINE_INTERNAL_H
@@ -24,15 +25,17 @@ enum {
     IBIDI_TILE = 192,    /* query rows (rows x heads of a kv head) an attention part takes */
     IBIDI_SPLIT = 1024,  /* least tokens of a split of a long context */
     IBIDI_SPLITS_MAX = 32,
+    IBIDI_MANY = 64, /* rows of a step from which on its context is laid into tiles */
     IBIDI_FEW_TASKS = 16 /* a step with fewer attention parts than this has its context split */
 };
 
-/* A segment in a sequence. cos and -sin of its offset turn a query back by it; NULL if it is 0. */
+/* A segment in a sequence. cos and sin (negative) of its offset turn a query back by it, cos and
+ * forth a key forth; NULL if it is 0. */
 typedef struct ibidi_seg {
     ibid_segment s;
     uint64_t start; /* global position of its first token */
     size_t n_tokens;
-    float *cos, *sin;
+    float *cos, *sin, *forth;
 } ibidi_seg;
 
 /* Live KV lies in pages of page_tokens tokens over all layers: [layer][kv head][K, V][token][dim],
@@ -67,12 +70,32 @@ typedef struct ibidi_piece {
     size_t task0;            /* its first attention task in the chunk */
     size_t partial0;         /* its first row state among the chunk's partial ones */
     struct ibidi_pick *pick; /* NULL: it reads everything */
+    bool laid;               /* its context is in tiles; the rest is of those (ibidi_context) */
+    size_t slot0, n_slots, sees0, tile0, n_tiles;
+    size_t live0; /* live number of its first row */
 } ibidi_piece;
+
+/* A token of a laid context: of a segment, or the live row `token` (segment n_segs). */
+typedef struct ibidi_slot {
+    uint32_t segment, token;
+} ibidi_slot;
+
+/* The contexts of the chunk's laid pieces. Of a piece: slots [slot0, slot0 + n_slots) in the order
+ * of their positions; sees[sees0 + i], how many of those its row i sees; and tiles [tile0 + head *
+ * n_tiles, + n_tiles), at one layer at a time. */
+typedef struct ibidi_context {
+    ibidi_slot *slots;
+    uint32_t *sees;
+    uint8_t *tiles;
+    size_t slot_room, row_room, tile_room;
+    size_t n_tiles; /* of all pieces and heads */
+} ibidi_context;
 
 typedef struct ibidi_thread {
     void *matmul;              /* the kernels' scratch */
     float *q, *q_turned, *acc; /* [tile_rows * group, head_dim] */
     float *lse;                /* [tile_rows * group] */
+    float *laid;               /* [2, IBID_KV_TILE, head_dim] keys, values */
     ibid_attn_state *state;
     uint32_t *visible;
 } ibidi_thread;
@@ -104,6 +127,7 @@ struct ibid_engine {
     ibid_kv_type live_type; /* q8_0 with int8, where head_dim allows it; else f32 */
     size_t page_tokens, page_bytes;
     void (*attn)(const ibid_attn_args *a);
+    void (*attn_mass)(const ibid_attn_args *a, const float *lse, float *mass);
 
     ibidi_thread *threads;
     void *thread_block;
@@ -118,6 +142,7 @@ struct ibid_engine {
     ibid_attn_state *partial_state;
     float *partial_acc;
     size_t partial_room; /* row states */
+    ibidi_context context;
 };
 
 /* cos and sin of position * freq, in double, rounded to float; sin times sign. */
@@ -138,6 +163,10 @@ void ibidi_put_keys(const ibid_kernels *k, const ibid_kv_view *v, size_t head, s
                     const float *src);
 void ibidi_put_values(const ibid_kernels *k, const ibid_kv_view *v, size_t head, size_t token,
                       const float *src);
+
+/* Keys and values of tokens [token, token + n) of a head as they lie, in f32: [n, head_dim]. */
+void ibidi_unpack(const ibid_kernels *k, const ibid_kv_view *v, size_t head, size_t token, size_t n,
+                  float *keys, float *values);
 
 /* engine_linear.c */
 typedef struct ibidi_out {
@@ -163,6 +192,16 @@ void ibidi_plan_splits(const ibid_engine *e, ibidi_piece *p);
 size_t ibidi_partials(ibid_engine *e);
 /* Attention of all rows of the chunk: rows.q -> rows.h, then probes. */
 void ibidi_attend(ibid_engine *e, size_t layer);
+
+/* engine_tiles.c */
+/* Which pieces are laid, and what of. After their splits are planned. Errors: NOMEM. */
+ibid_err ibidi_plan_tiles(ibid_engine *e);
+/* Their tiles of a layer, whose live rows are stored. */
+void ibidi_lay_tiles(ibid_engine *e, size_t layer);
+uint8_t *ibidi_tiles_of(const ibid_engine *e, const ibidi_piece *p, size_t head);
+/* How many leading tokens of its context a live row of the piece sees. */
+uint32_t ibidi_row_sees(const ibid_engine *e, const ibidi_piece *p, size_t live);
+void ibidi_tiles_close(ibid_engine *e);
 
 /* engine_select.c */
 /* A page: tokens [start, start + n) of the context's index space (engine_attend.c). */

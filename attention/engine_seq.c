@@ -103,10 +103,13 @@ ibid_err ibid_seq_add_segment(ibid_seq *s, const ibid_segment *g) {
                          (unsigned long long)p.start + p.n_tokens, m->n_ctx);
     if ((err = grow((void **)&s->segs, &s->seg_room, s->n_segs + 1, sizeof *s->segs))) return err;
     if (g->offset) {
-        p.cos = ibid_alloc(m->rope.n_rot * sizeof *p.cos);
+        size_t half = m->rope.n_rot / 2;
+        p.cos = ibid_alloc(3 * half * sizeof *p.cos);
         if (!p.cos) return ibid_fail(IBID_NOMEM, "no memory for a segment");
-        p.sin = p.cos + m->rope.n_rot / 2;
+        p.sin = p.cos + half;
+        p.forth = p.sin + half;
         ibidi_rope_table(&m->rope, g->offset, -1, p.cos, p.sin);
+        for (size_t i = 0; i < half; i++) p.forth[i] = -p.sin[i];
     }
     s->segs[s->n_segs++] = p;
     s->end = p.start + p.n_tokens;
@@ -198,6 +201,14 @@ void ibidi_put_values(const ibid_kernels *k, const ibid_kv_view *v, size_t head,
                       const float *src) {
     place p = place_of(v, true, head, token);
     k->kv_pack(v->type, src, v->head_dim, p.at, p.scale);
+}
+
+void ibidi_unpack(const ibid_kernels *k, const ibid_kv_view *v, size_t head, size_t token, size_t n,
+                  float *keys, float *values) {
+    place p = place_of(v, false, head, token);
+    k->kv_unpack(v->type, p.at, p.scale, n * v->head_dim, keys);
+    p = place_of(v, true, head, token);
+    k->kv_unpack(v->type, p.at, p.scale, n * v->head_dim, values);
 }
 
 /* The first n rows of a page as they are. */

@@ -20,7 +20,7 @@
 
 #include <stdbool.h>
 
-enum { IBID_Q8_TILE = 8, IBID_KEY_PANEL = 16 };
+enum { IBID_Q8_TILE = 8, IBID_KEY_PANEL = 16, IBID_KV_TILE = 128 };
 
 /* Running state of exact softmax attention for one query row of one head (online softmax,
  * arXiv:1805.02867). Start: max = -INFINITY, sum = 0, acc all 0. Seeing more keys, in any order and
@@ -43,6 +43,17 @@ typedef struct ibid_attn_args {
     ibid_attn_state *state;  /* [n_rows] */
     float *acc;              /* [n_rows, head_dim], unnormalised: divide by state.sum at the end */
 } ibid_attn_args;
+
+/* One kv head of a context in tiles of IBID_KV_TILE tokens (kv_tile_pack), all but the last full,
+ * against the query rows of all query heads that share it. Row r sees tokens [0, visible[r]). */
+typedef struct ibid_tiles_args {
+    const void *tiles; /* 64-byte aligned, kv_tile_bytes each */
+    size_t head_dim, n_rows;
+    const float *q; /* [n_rows, head_dim], rotated to their positions, spread as the keys are */
+    const uint32_t *visible; /* [n_rows], ascending */
+    ibid_attn_state *state;  /* as in ibid_attn_args */
+    float *acc;
+} ibid_tiles_args;
 
 /* Keys in panels of IBID_KEY_PANEL: byte 64 c + 4 i + b of a panel is number 4 c + b of its key i,
  * plus 128. Where the last panel has no key left the last key stands again. */
@@ -89,10 +100,20 @@ typedef struct ibid_kernels {
      * int8 per 32 dimensions (multiples of max|q| / 127), weights to 8 bits, or to 16 where few
      * tokens hold most of the weight. Grouping changes no bit here either. */
     void (*attn_i8)(const ibid_attn_args *a);
+    /* Optional, all NULL or none: many rows over a context that was laid into tiles first, twice as
+     * fast as attn_i8 and with its errors, but that scales are of 64 numbers, not 32. head_dim: a
+     * multiple of 64, up to 256. kv_tile_pack lays n tokens, 1 to IBID_KV_TILE, whose keys and
+     * values are [n, head_dim], into a tile. A row's result depends on its q and the tokens it
+     * sees only, bit for bit. */
+    size_t (*kv_tile_bytes)(size_t head_dim);
+    void (*kv_tile_pack)(const float *k, const float *v, size_t n, size_t head_dim, void *tile);
+    void (*attn_tiles)(const ibid_tiles_args *a);
     /* mass[t] += exp(q_r . k_t - lse[r]) over rows r and the tokens each may see: the attention
      * each token finally got, where lse[r] = log(sum) + max of the finished row. state and acc
      * unused. */
     void (*attn_mass)(const ibid_attn_args *a, const float *lse, float *mass);
+    /* Optional: the same as approximate as attn_i8 is, whose lse it wants. */
+    void (*attn_mass_i8)(const ibid_attn_args *a, const float *lse, float *mass);
     /* Packs n values (a multiple of 32 for q8_0) into a KV plane; scale NULL unless q8_0. q8_0:
      * d = max|x| / 127 rounded to f16, q = round(x / d) with that d. */
     void (*kv_pack)(ibid_kv_type type, const float *src, size_t n, void *dst, uint16_t *scale);

@@ -15,15 +15,20 @@
  * 2,000 keys, AVX2 57 GFLOP/s where attn has 84; with 512-bit VNNI 180 to 240 where attn has 91. */
 #ifdef IBIDI_VNNI
 #include "attention/kernels/simd_attn_q8.h"
-#define SIMD_ATTN_I8 simd_attn_i8
+
+#include "attention/kernels/simd_attn_tiles.h" /* needs simd_attn_q8.h */
+#define SIMD_ATTN_I8                                                                               \
+    .attn_i8 = simd_attn_i8, .attn_mass_i8 = simd_attn_mass_i8,                                    \
+    .kv_tile_bytes = simd_kv_tile_bytes, .kv_tile_pack = simd_kv_tile_pack,                        \
+    .attn_tiles = simd_attn_tiles,
 #else
-#define SIMD_ATTN_I8 NULL
+#define SIMD_ATTN_I8
 #endif
 
 #define SIMD_ENTRIES                                                                               \
     .dequantize = simd_dequantize, .matmul = simd_matmul, .matmul_scratch = simd_matmul_scratch,   \
     .rmsnorm = simd_rmsnorm, .rope = simd_rope, .hadamard = simd_hadamard, .swiglu = simd_swiglu,  \
-    .add = simd_add, .attn = simd_attn, .attn_i8 = SIMD_ATTN_I8, .attn_mass = simd_attn_mass,      \
+    .add = simd_add, .attn = simd_attn, SIMD_ATTN_I8.attn_mass = simd_attn_mass,                   \
     .kv_pack = simd_kv_pack, .kv_unpack = simd_kv_unpack, .maxsim_i8 = simd_maxsim_i8,             \
     .maxsim_panels = simd_maxsim_panels,                                                           \
     .q8_bytes = simd_q8_bytes, .q8_pack = simd_q8_pack, .matmul_q8 = simd_matmul_q8

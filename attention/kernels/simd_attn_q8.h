@@ -29,7 +29,8 @@ enum {
     AQ_BATCH = 192, /* query rows that meet a tile while it is in cache */
     AQ_GROUPS = AT_MAX_DIM / IBIDI_BLOCK,
     AQ_SPREAD = 8,
-    AQ_NOTHING = 1 << 14,
+    AQ_NOTHING_LOG2 = 14,
+    AQ_NOTHING = 1 << AQ_NOTHING_LOG2,
     AQ_ONE = 255 << 8, /* a weight of 1 in both planes */
     AQ_STEP = 16,      /* keys: a tile that is not full is cut to a multiple */
     AQ_AHEAD = 1       /* tiles */
@@ -67,40 +68,40 @@ typedef struct aq_pass {
 
 /* ---- Rows ---- */
 
-/* The largest of 32 numbers and their opposites, somewhere in a vector. */
-INLINE vf aq_top(const float *q) {
+/* The largest of n numbers and their opposites, somewhere in a vector. */
+INLINE vf aq_top(const float *q, const size_t n) {
     vf max = v_abs(v_load(q));
-    for (size_t i = VL; i < IBIDI_BLOCK; i += VL) max = v_max(max, v_abs(v_load(q + i)));
+    for (size_t i = VL; i < n; i += VL) max = v_max(max, v_abs(v_load(q + i)));
     return max;
 }
 
-/* The queries' groups of 32, VL of them at a time so that their scales are computed together. */
-static void aq_pack_rows(aq_rows *x) {
-    const float *q = x->a->q + x->row0 * x->dim;
-    size_t n = x->n * x->groups;
-    for (size_t i = 0; i < n; i += VL, q += VL * IBIDI_BLOCK) {
+/* n groups of `width` numbers of queries as bytes, + 128, and their scales times log2(e); VL groups
+ * at a time so that their scales are computed together. */
+INLINE void aq_pack_rows(const float *q, size_t n, const size_t width, uint8_t *bytes,
+                         float *scale) {
+    for (size_t i = 0; i < n; i += VL, q += VL * width) {
         _Alignas(64) float top[VL];
         size_t last = (n - i < VL ? n - i : VL) - 1;
         for (size_t j = 0; j < VL; j += 4) {
             vf m[4];
             for (size_t k = 0; k < 4; k++) {
-                m[k] = aq_top(q + (j + k < last ? j + k : last) * IBIDI_BLOCK);
+                m[k] = aq_top(q + (j + k < last ? j + k : last) * width, width);
             }
             _mm_store_ps(top + j, v_max4(m[0], m[1], m[2], m[3]));
         }
         vf d = v_div(v_load(top), v_set1(127));
-        v_store(x->scale + i, v_mul(d, v_set1(1.44269504f)));
+        v_store_n(scale + i, v_mul(d, v_set1(1.44269504f)), n - i);
         v_store(top, v_where_greater(d, v_zero(), v_div(v_set1(1), d), v_zero()));
         for (size_t j = 0; j <= last; j++) {
             vf inverse = v_set1(top[j]);
-            int8_t *to = (int8_t *)x->q + (i + j) * IBIDI_BLOCK;
-            for (size_t k = 0; k < IBIDI_BLOCK; k += VL) {
-                vi_store_i8(to + k, vi_round(v_mul(v_load(q + j * IBIDI_BLOCK + k), inverse)));
+            int8_t *to = (int8_t *)bytes + (i + j) * width;
+            for (size_t k = 0; k < width; k += VL) {
+                vi_store_i8(to + k, vi_round(v_mul(v_load(q + j * width + k), inverse)));
             }
         }
     }
-    for (size_t i = 0; i < n * IBIDI_BLOCK; i += VL * 4) {
-        vi_store(x->q + i, vi_flip_signs(vi_load(x->q + i)));
+    for (size_t i = 0; i < n * width; i += VL * 4) {
+        vi_store(bytes + i, vi_flip_signs(vi_load(bytes + i)));
     }
 }
 
@@ -110,7 +111,7 @@ static void aq_begin(aq_rows *x, const ibid_attn_args *a, size_t row0, size_t n)
     x->n = n;
     x->dim = a->kv->head_dim;
     x->groups = x->dim / IBIDI_BLOCK;
-    aq_pack_rows(x);
+    aq_pack_rows(a->q + row0 * x->dim, n * x->groups, IBIDI_BLOCK, x->q, x->scale);
     for (size_t r = 0; r < n; r++) {
         x->top[r] = a->state[row0 + r].max * 1.44269504f;
         x->higher[r] = false;
@@ -130,8 +131,9 @@ INLINE void aq_fetch(const int8_t *p, size_t dim) {
     __builtin_prefetch((const void *)((uintptr_t)p + AQ_AHEAD * AT_KEYS * dim), 0, 1);
 }
 
-INLINE void aq_turn_keys(aq_tile *t, const int8_t *k, const size_t dim) {
-    for (size_t i0 = 0; i0 < AT_KEYS; i0 += VL) {
+/* n keys [n, dim] to [dim / 4, n, 4]. */
+INLINE void aq_turn_keys(int8_t *keys, const int8_t *k, const size_t n, const size_t dim) {
+    for (size_t i0 = 0; i0 < n; i0 += VL) {
         for (size_t d = 0; d < dim; d += VL * 4) {
             bool half = dim - d < VL * 4;
             vi m[VL];
@@ -141,30 +143,32 @@ INLINE void aq_turn_keys(aq_tile *t, const int8_t *k, const size_t dim) {
                 m[i] = vi_load_row(from, half);
             }
             vi_transpose(m);
-            int8_t *to = t->keys + (d / 4 * AT_KEYS + i0) * 4;
-            for (size_t j = 0; j < VL / 2; j++) vi_store(to + j * AT_KEYS * 4, m[j]);
+            int8_t *to = keys + (d / 4 * n + i0) * 4;
+            for (size_t j = 0; j < VL / 2; j++) vi_store(to + j * n * 4, m[j]);
             if (half) break;
-            for (size_t j = VL / 2; j < VL; j++) vi_store(to + j * AT_KEYS * 4, m[j]);
+            for (size_t j = VL / 2; j < VL; j++) vi_store(to + j * n * 4, m[j]);
         }
     }
 }
 
-INLINE void aq_sum_keys(aq_tile *t, const size_t groups) {
+/* -128 times the sums of n turned keys' groups of `width` bytes: [groups, n]. */
+INLINE void aq_sum_keys(int32_t *start, const int8_t *keys, const size_t n, const size_t groups,
+                        const size_t width) {
     const vi ones = vi_set1(0x01010101);
-    for (size_t g = 0; g < groups; g++) {
-        const int8_t *keys = t->keys + g * IBIDI_BLOCK * AT_KEYS;
-        for (size_t i = 0; i < AT_KEYS; i += VL) {
+    for (size_t g = 0; g < groups; g++, keys += width * n) {
+        for (size_t i = 0; i < n; i += VL) {
             vi sum = vi_set1(0);
-            for (size_t c = 0; c < IBIDI_BLOCK / 4; c++) {
-                sum = q8_dp(sum, ones, vi_load(keys + (c * AT_KEYS + i) * 4));
+            for (size_t c = 0; c < width / 4; c++) {
+                sum = q8_dp(sum, ones, vi_load(keys + (c * n + i) * 4));
             }
-            vi_store(t->k_start + g * AT_KEYS + i, vi_sub(vi_set1(0), vi_sll(sum, 7)));
+            vi_store(start + g * n + i, vi_sub(vi_set1(0), vi_sll(sum, 7)));
         }
     }
 }
 
-INLINE void aq_turn_values(aq_tile *t, const int8_t *v, const size_t dim) {
-    for (size_t i = 0; i < AT_KEYS; i += 4) {
+/* n values [n, dim] to [n / 4, dim, 4]. */
+INLINE void aq_turn_values(int8_t *values, const int8_t *v, const size_t n, const size_t dim) {
+    for (size_t i = 0; i < n; i += 4) {
         for (size_t d = 0; d < dim; d += VL * 4) {
             bool half = dim - d < VL * 4;
             vi m[4];
@@ -174,7 +178,7 @@ INLINE void aq_turn_values(aq_tile *t, const int8_t *v, const size_t dim) {
                 m[j] = vi_load_row(from, half);
             }
             vi_quads(m);
-            int8_t *to = t->values + i * dim + d * 4;
+            int8_t *to = values + i * dim + d * 4;
             vi_store(to, m[0]);
             vi_store(to + VL * 4, m[1]);
             if (half) break;
@@ -272,40 +276,56 @@ INLINE const void *aq_gather(void *to, const void *from, const aq_keys *s, const
     return to;
 }
 
-INLINE void aq_load_dim(aq_tile *t, const ibid_attn_args *a, const aq_keys *s, const size_t dim) {
+INLINE void aq_load_keys(aq_tile *t, const ibid_attn_args *a, const aq_keys *s, const size_t dim) {
     const ibid_kv_view *kv = a->kv;
     const size_t groups = dim / IBIDI_BLOCK;
     size_t token = a->kv_head * kv->n_tokens;
-    const int8_t *k = (const int8_t *)kv->k + token * dim, *v = (const int8_t *)kv->v + token * dim;
-    const uint16_t *ks = kv->k_scale + token * groups, *vs = kv->v_scale + token * groups;
+    const int8_t *k = (const int8_t *)kv->k + token * dim;
+    const uint16_t *ks = kv->k_scale + token * groups;
     if (s->together && s->n == AT_KEYS) {
-        size_t at = s->first;
-        k += at * dim, v += at * dim, ks += at * groups, vs += at * groups;
+        k += s->first * dim, ks += s->first * groups;
     } else {
         k = aq_gather(t->copy[0], k, s, dim);
-        v = aq_gather(t->copy[1], v, s, dim);
         ks = aq_gather(t->copy_scale[0], ks, s, groups * sizeof *ks);
+    }
+    aq_turn_keys(t->keys, k, AT_KEYS, dim);
+    aq_sum_keys(t->k_start, t->keys, AT_KEYS, groups, IBIDI_BLOCK);
+    aq_turn_scales(ks, groups, t->k_scale);
+}
+
+INLINE void aq_load_values(aq_tile *t, const ibid_attn_args *a, const aq_keys *s,
+                           const size_t dim) {
+    const ibid_kv_view *kv = a->kv;
+    const size_t groups = dim / IBIDI_BLOCK;
+    size_t token = a->kv_head * kv->n_tokens;
+    const int8_t *v = (const int8_t *)kv->v + token * dim;
+    const uint16_t *vs = kv->v_scale + token * groups;
+    if (s->together && s->n == AT_KEYS) {
+        v += s->first * dim, vs += s->first * groups;
+    } else {
+        v = aq_gather(t->copy[1], v, s, dim);
         vs = aq_gather(t->copy_scale[1], vs, s, groups * sizeof *vs);
     }
-    aq_turn_keys(t, k, dim);
-    aq_sum_keys(t, groups);
-    aq_turn_values(t, v, dim);
-    aq_turn_scales(ks, groups, t->k_scale);
+    aq_turn_values(t->values, v, AT_KEYS, dim);
     aq_turn_scales(vs, groups, t->v_scale);
     aq_scale_values(t, groups);
 }
 
-__attribute__((noinline)) static void aq_load(aq_tile *t, const ibid_attn_args *a,
-                                              const aq_keys *s) {
+/* values: wanted too. */
+__attribute__((noinline)) static void aq_load(aq_tile *t, const ibid_attn_args *a, const aq_keys *s,
+                                              bool values) {
     switch (a->kv->head_dim) { /* the usual sizes, so that addresses are constants */
     case 64:
-        aq_load_dim(t, a, s, 64);
+        aq_load_keys(t, a, s, 64);
+        if (values) aq_load_values(t, a, s, 64);
         break;
     case 128:
-        aq_load_dim(t, a, s, 128);
+        aq_load_keys(t, a, s, 128);
+        if (values) aq_load_values(t, a, s, 128);
         break;
     default:
-        aq_load_dim(t, a, s, a->kv->head_dim);
+        aq_load_keys(t, a, s, a->kv->head_dim);
+        if (values) aq_load_values(t, a, s, a->kv->head_dim);
         break;
     }
 }
@@ -562,7 +582,8 @@ INLINE void aq_round(const size_t VECS, const float *e, const aq_tile *t, size_t
                 if (b + j >= VECS) continue;
                 n[j] = vi_round(v_mul(v_load(e + (b + j) * VL), v_load(t->v_scale + at + j * VL)));
             }
-            vi_pack_planes(n, half, high + at, low + at);
+            vi_split_planes(vi_pack_half(n[0], n[1]), vi_pack_half(n[2], n[3]), half, high + at,
+                            low + at);
         }
     }
 }
@@ -625,7 +646,7 @@ static void aq_batch(aq_rows *x, aq_tile *t) {
         for (size_t r = 0; r < x->n; r++) {
             uint64_t bits = aq_bits(&keys, a->visible[x->row0 + r]);
             if (!bits) continue;
-            if (!loaded) aq_load(t, a, &keys);
+            if (!loaded) aq_load(t, a, &keys, true);
             loaded = true;
             g.row[g.n] = r;
             g.bits[g.n++] = bits;
@@ -635,6 +656,65 @@ static void aq_batch(aq_rows *x, aq_tile *t) {
         aq_flush(&high, x, t);
         aq_flush(&low, x, t);
         high.used = low.used = 0;
+    }
+}
+
+/* ---- Mass ---- */
+
+/* What the rows of a group give the tile's keys, lse given in units of log 2. */
+static void aq_give(aq_group *g, const aq_rows *x, const aq_tile *t, const aq_keys *keys,
+                    const float *lse, float *mass) {
+    uint64_t any = 0;
+    if (g->n == 0) return;
+    for (size_t i = 0; i < g->n; i++) any |= g->bits[i];
+    aq_scores_any(g->n, x, t, g->row, 64 - (size_t)__builtin_clzll(any), g->s);
+    for (size_t i = 0; i < g->n; i++) {
+        vf shift = v_set1(lse[g->row[i]]);
+        _Alignas(64) float e[AT_KEYS];
+        for (size_t j = 0; j < AQ_VECS; j++) {
+            vf s = v_min(v_sub(v_load(g->s[i] + j * VL), shift), v_zero());
+            s = v_pick((uint32_t)(g->bits[i] >> (j * VL)), s, v_set1(-INFINITY));
+            v_store(e + j * VL, v_exp2_low(s));
+        }
+        if (keys->together) {
+            float *to = mass + keys->first;
+            for (size_t j = 0; j < keys->n; j += VL)
+                v_store_n(to + j, v_add(v_load_n(to + j, keys->n - j), v_load(e + j)), keys->n - j);
+        } else {
+            for (size_t j = 0; j < keys->n; j++) mass[keys->at[j]] += e[j];
+        }
+    }
+    g->n = 0;
+}
+
+static void simd_attn_mass_i8(const ibid_attn_args *a, const float *lse, float *mass) {
+    if (!attn_fits(a) || a->kv->type != IBID_KV_Q8_0) {
+        simd_attn_mass(a, lse, mass);
+        return;
+    }
+    aq_rows x;
+    aq_tile t;
+    aq_group g = {.n = 0};
+    float log2_of[AQ_BATCH];
+    x.dim = a->kv->head_dim;
+    x.groups = x.dim / IBIDI_BLOCK;
+    for (size_t row0 = 0; row0 < a->n_rows; row0 += AQ_BATCH) {
+        x.n = a->n_rows - row0 < AQ_BATCH ? a->n_rows - row0 : AQ_BATCH;
+        aq_pack_rows(a->q + row0 * x.dim, x.n * x.groups, IBIDI_BLOCK, x.q, x.scale);
+        for (size_t r = 0; r < x.n; r++) log2_of[r] = lse[row0 + r] * 1.44269504f;
+        for (aq_keys keys = {.next = 0}; aq_next_keys(a, &keys), keys.n;) {
+            bool loaded = false;
+            for (size_t r = 0; r < x.n; r++) {
+                uint64_t bits = aq_bits(&keys, a->visible[row0 + r]);
+                if (!bits) continue;
+                if (!loaded) aq_load(&t, a, &keys, false);
+                loaded = true;
+                g.row[g.n] = r;
+                g.bits[g.n++] = bits;
+                if (g.n == AT_ROWS) aq_give(&g, &x, &t, &keys, log2_of, mass);
+            }
+            aq_give(&g, &x, &t, &keys, log2_of, mass);
+        }
     }
 }
 

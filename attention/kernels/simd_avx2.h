@@ -324,6 +324,11 @@ INLINE vf v_exp2_low(vf x) {
         _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23));
     return _mm256_andnot_ps(tiny, _mm256_castsi256_ps(bits));
 }
+/* floor(log2(x)), x above 0 and not tiny. */
+INLINE vf v_log2_floor(vf x) {
+    vi exponent = _mm256_srli_epi32(_mm256_castps_si256(x), 23);
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(exponent, _mm256_set1_epi32(127)));
+}
 /* The even and the odd lanes of a and b. */
 INLINE void v_unzip(vf a, vf b, vf *even, vf *odd) {
     __m256d e = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));
@@ -346,12 +351,20 @@ INLINE void vi_quads(vi m[4]) {
     m[2] = _mm256_unpacklo_epi16(h01, h23);
     m[3] = _mm256_unpackhi_epi16(h01, h23);
 }
-/* Lanes of 16 bits to two planes of bytes: their high bytes once `half` (of every 16 bits) is
- * added, at most 255, and their low ones. The four bytes at 4 * (4i + j) are lanes 4i .. 4i + 3 of
- * n[j]. */
-INLINE void vi_pack_planes(const vi n[4], uint16_t half, uint8_t *high, uint8_t *low) {
+/* Lanes of 16 bits, one vector of them; and two of those to two planes of bytes: their high bytes
+ * once `half` (of every 16 bits) is added, at most 255, and their low ones. The four bytes at
+ * 4 * (4i + j) are lanes 4i .. 4i + 3 of the vector j of four. */
+INLINE vi vi_pack_half(vi m, vi n) {
+    return _mm256_packus_epi32(m, n);
+}
+INLINE vi vi_high_bytes(vi a, vi b) { /* rounded, of two vectors of vi_pack_half's */
+    const vi half = _mm256_set1_epi16(128);
+    a = _mm256_srli_epi16(_mm256_adds_epu16(a, half), 8);
+    b = _mm256_srli_epi16(_mm256_adds_epu16(b, half), 8);
+    return _mm256_packus_epi16(a, b);
+}
+INLINE void vi_split_planes(vi a, vi b, uint16_t half, uint8_t *high, uint8_t *low) {
     const vi byte = _mm256_set1_epi16(255), add = _mm256_set1_epi16((short)half);
-    vi a = _mm256_packus_epi32(n[0], n[1]), b = _mm256_packus_epi32(n[2], n[3]);
     vi_store(low, _mm256_packus_epi16(_mm256_and_si256(a, byte), _mm256_and_si256(b, byte)));
     a = _mm256_srli_epi16(_mm256_adds_epu16(a, add), 8);
     b = _mm256_srli_epi16(_mm256_adds_epu16(b, add), 8);

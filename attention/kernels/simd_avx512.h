@@ -305,6 +305,10 @@ INLINE vf v_exp2_low(vf x) {
     p = v_fma(p, r, v_set1(0.9999251962f));
     return _mm512_scalef_ps(p, x); /* by 2^floor(x) */
 }
+/* floor(log2(x)), x above 0. */
+INLINE vf v_log2_floor(vf x) {
+    return _mm512_getexp_ps(x);
+}
 /* The even and the odd lanes of a and b. */
 INLINE void v_unzip(vf a, vf b, vf *even, vf *odd) {
     const vi at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -326,12 +330,20 @@ INLINE void vi_quads(vi m[4]) {
     m[2] = _mm512_unpacklo_epi16(h01, h23);
     m[3] = _mm512_unpackhi_epi16(h01, h23);
 }
-/* Lanes of 16 bits to two planes of bytes: their high bytes once `half` (of every 16 bits) is
- * added, at most 255, and their low ones. The four bytes at 4 * (4i + j) are lanes 4i .. 4i + 3 of
- * n[j]. */
-INLINE void vi_pack_planes(const vi n[4], uint16_t half, uint8_t *high, uint8_t *low) {
+/* Lanes of 16 bits, one vector of them; and two of those to two planes of bytes: their high bytes
+ * once `half` (of every 16 bits) is added, at most 255, and their low ones. The four bytes at
+ * 4 * (4i + j) are lanes 4i .. 4i + 3 of the vector j of four. */
+INLINE vi vi_pack_half(vi m, vi n) {
+    return _mm512_packus_epi32(m, n);
+}
+INLINE vi vi_high_bytes(vi a, vi b) { /* rounded, of two vectors of vi_pack_half's */
+    const vi half = _mm512_set1_epi16(128);
+    a = _mm512_srli_epi16(_mm512_adds_epu16(a, half), 8);
+    b = _mm512_srli_epi16(_mm512_adds_epu16(b, half), 8);
+    return _mm512_packus_epi16(a, b);
+}
+INLINE void vi_split_planes(vi a, vi b, uint16_t half, uint8_t *high, uint8_t *low) {
     const vi byte = _mm512_set1_epi16(255), add = _mm512_set1_epi16((short)half);
-    vi a = _mm512_packus_epi32(n[0], n[1]), b = _mm512_packus_epi32(n[2], n[3]);
     vi_store(low, _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte)));
     a = _mm512_srli_epi16(_mm512_adds_epu16(a, add), 8);
     b = _mm512_srli_epi16(_mm512_adds_epu16(b, add), 8);

@@ -98,29 +98,106 @@ static void forget(result *r) {
     for (size_t i = 0; i < SEQS; i++) free(r->encoded[i]);
 }
 
-static void test_same_bits(void **state) {
+static void check_same_bits(const ibid_kernels *k, bool int8) {
     ibid_test_gguf spec = long_shape();
+    result first;
+    for (size_t threads = 1; threads <= 3; threads++) {
+        fx_model f;
+        fx_open_with(
+            &f, &spec,
+            &(ibid_engine_opts){.kernels = k->name, .n_threads = threads, .int8 = int8});
+        result one = run_all(f.e, false);
+        result all = run_all(f.e, true);
+        same(&one, &all);
+        if (threads == 1)
+            first = one;
+        else {
+            same(&first, &one);
+            forget(&one);
+        }
+        forget(&all);
+        fx_close(&f);
+    }
+    forget(&first);
+}
+
+static void test_same_bits(void **state) {
     (void)state;
     for (const ibid_kernels *const *k = ibid_kernels_all(); *k; k++) {
         if (!(*k)->supported() || strcmp((*k)->name, "reference") == 0) continue;
-        fx_model f[3];
-        result first;
-        for (size_t threads = 1; threads <= 3; threads++) {
-            fx_open(&f[threads - 1], &spec, (*k)->name, threads);
-            result one = run_all(f[threads - 1].e, false);
-            result all = run_all(f[threads - 1].e, true);
-            same(&one, &all);
-            if (threads == 1)
-                first = one;
-            else {
-                same(&first, &one);
-                forget(&one);
-            }
-            forget(&all);
-            fx_close(&f[threads - 1]);
-        }
-        forget(&first);
+        check_same_bits(*k, false);
+        if ((*k)->matmul_q8) check_same_bits(*k, true);
     }
+}
+
+/* N rows over stored tokens, some masked, some computed again in between: in one step, whose context
+ * is laid into tiles, and in steps too short for that. Logits of the last row. */
+static void ask(ibid_engine *e, const fx_kv *kv, const uint64_t *masked, size_t each,
+                float *logits) {
+    enum { N = 150, FIRST = 1000 };
+    const ibid_model *m = ibid_engine_model(e);
+    int32_t tokens[N];
+    uint32_t positions[N];
+    ibid_seq *s;
+    fx_tokens(m, 77, tokens, N);
+    for (uint32_t i = 0; i < N; i++) /* the masked ones of the second block first */
+        positions[i] = i < 40 ? 600 + 64 + i : FIRST + i;
+    must(ibid_seq_open(e, N, &s));
+    for (size_t b = 0; b < 2; b++) {
+        ibid_segment g = {.layers = kv[b].layers, .local0 = 30 * b, .offset = 570 * b};
+        if (b) g.masked = masked;
+        must(ibid_seq_add_segment(s, &g));
+    }
+    for (size_t at = 0; at < N; at += each) {
+        ibid_step step = {.seq = s, .tokens = tokens + at, .positions = positions + at};
+        step.n = N - at < each ? N - at : each;
+        step.n_logits = at + step.n == N;
+        step.logits = logits;
+        must(ibid_engine_forward(e, &step, 1, NULL));
+    }
+    ibid_seq_close(s);
+}
+
+static void test_laid(void **state) {
+    enum { STORED = 333 };
+    ibid_test_gguf spec = long_shape();
+    uint64_t masked[6] = {0, (UINT64_C(1) << 40) - 1, 0x5555};
+    int32_t tokens[2][STORED];
+    (void)state;
+    fx_model exact, f;
+    fx_open(&exact, &spec, "reference", 2);
+    size_t vocab = exact.m->n_vocab;
+    fx_kv kv[2];
+    for (uint32_t b = 0; b < 2; b++) {
+        fx_tokens(exact.m, b, tokens[b], STORED);
+        kv[b] = fx_encode(exact.e, NULL, 30 * b, tokens[b], STORED, IBID_KV_Q8_0);
+    }
+    float *want = calloc(vocab, sizeof *want), *got = calloc(vocab, sizeof *got);
+    float *few = calloc(vocab, sizeof *few);
+    ask(exact.e, kv, masked, 150, want);
+    for (const ibid_kernels *const *k = ibid_kernels_all(); *k; k++) {
+        if (!(*k)->supported() || !(*k)->attn_tiles) continue;
+        fx_open_with(&f, &spec,
+                     &(ibid_engine_opts){.kernels = (*k)->name, .n_threads = 2, .int8 = true});
+        ask(f.e, kv, masked, 150, got);
+        ask(f.e, kv, masked, 50, few);
+        double laid = fx_kl(want, got, vocab), not_laid = fx_kl(want, few, vocab);
+        double apart = fx_kl(few, got, vocab);
+        printf("%s: KL to exact %.2g laid, %.2g not, %.2g between\n", (*k)->name, laid, not_laid,
+               apart);
+        assert_true(laid < 2e-3 && not_laid < 2e-3 && apart < 2e-3);
+        assert_true(memcmp(got, few, vocab * sizeof *got) != 0); /* two ways were taken */
+        masked[3] = masked[4] = ~UINT64_C(0); /* what is seen matters */
+        ask(f.e, kv, masked, 150, few);
+        assert_true(fx_kl(got, few, vocab) > 3 * apart);
+        masked[3] = masked[4] = 0;
+        fx_close(&f);
+    }
+    for (size_t b = 0; b < 2; b++) fx_kv_free(&kv[b]);
+    free(want);
+    free(got);
+    free(few);
+    fx_close(&exact);
 }
 
 /* Decoding over a long context, split, against the same rows inside one long pass, not split. */
@@ -461,7 +538,8 @@ static void test_no_allocation(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_same_bits),   cmocka_unit_test(test_split),
+        cmocka_unit_test(test_same_bits),   cmocka_unit_test(test_laid),
+        cmocka_unit_test(test_split),
         cmocka_unit_test(test_truncate),    cmocka_unit_test(test_cancel),
         cmocka_unit_test(test_needed_rows), cmocka_unit_test(test_fork),
         cmocka_unit_test(test_refuses),     cmocka_unit_test(test_no_allocation),

@@ -1033,21 +1033,22 @@ static void test_attn_mass(void **state) {
 
 /* Queries as attn_i8 rounds them: with these the exact attention differs by the rounding of the
  * weights only. */
-static void round_queries(rows *r) {
-    for (size_t i = 0; i < r->n * r->dim; i += 32) {
+static void round_groups(float *x, size_t n, size_t group) {
+    for (size_t i = 0; i < n; i += group) {
         float max = 0;
-        for (size_t c = 0; c < 32; c++) max = fmaxf(max, fabsf(r->q[i + c]));
+        for (size_t c = 0; c < group; c++) max = fmaxf(max, fabsf(x[i + c]));
         float d = max / 127, inverse = d > 0 ? 1 / d : 0;
-        for (size_t c = 0; c < 32; c++) r->q[i + c] = d * rintf(r->q[i + c] * inverse);
+        for (size_t c = 0; c < group; c++) x[i + c] = d * rintf(x[i + c] * inverse);
     }
 }
 
 /* A tile's weights are off by half a step each: of 1/255 of its largest if they add up to 8 times
- * that or more, else of 1/65280. So outputs by 64 / 510 / 8 of the largest value; sums by what exp2
+ * that or more, else of 1/65280. So outputs by tile / 510 / 8 of the largest value; sums by what exp2
  * is. Tiles that weigh next to nothing are left out, which random keys hardly make. values are
  * within 2. */
-static void same_rows_i8(const rows *got, const rows *want, double spread, const char *what) {
-    double tol = 2e-4 + 1e-6 * spread, out = 2 * (64 / 510.0 / 8 + 2 * tol);
+static void same_rows_i8(const rows *got, const rows *want, size_t tile, double spread,
+                         const char *what) {
+    double tol = 2e-4 + 1e-6 * spread, out = 2 * ((double)tile / 510.0 / 8 + 2 * tol);
     for (size_t r = 0; r < want->n; r++) {
         ibid_attn_state g = got->state[r], w = want->state[r];
         if (!(w.max > -INFINITY)) {
@@ -1077,7 +1078,7 @@ static void check_attn_i8(const ibid_kernels *k, size_t i, size_t n, size_t toke
     for (size_t r = 0; r < n; r++) x.visible[r] = i % 3 ? edges[(r + i) % 10] : (uint32_t)tokens;
     if (n > 2) memset(x.q + dim, 0, dim * 4); /* scores of zero */
     rows y = copy_rows(&x), one = copy_rows(&x);
-    round_queries(&y);
+    round_groups(y.q, n * dim, 32);
     for (size_t head = 0; head < 2; head++) {
         ibid_attn_args a = args_of(&s, head, &x, i % 2 ? masked : NULL);
         k->attn_i8(&a);
@@ -1100,7 +1101,7 @@ static void check_attn_i8(const ibid_kernels *k, size_t i, size_t n, size_t toke
             fail_msg("%s %zu: n %zu tokens %zu dim %zu: row %zu alone differs", k->name, i, n,
                      tokens, dim, r);
     }
-    same_rows_i8(&x, &y, (double)big * 4 * sqrt((double)dim), k->name);
+    same_rows_i8(&x, &y, 64, (double)big * 4 * sqrt((double)dim), k->name);
     /* a segment where nothing is visible, merged, changes no bit */
     rows none = new_rows(n, dim, 1);
     ibid_attn_args a = args_of(&s, 0, &none, NULL);
@@ -1146,6 +1147,141 @@ static void test_attn_i8(void **state) {
     for (size_t b = 0; b < n_tested; b++) {
         for (size_t i = 0; tested[b]->attn_i8 && i < 108; i++, done++)
             check_attn_i8(tested[b], i, ns[i % 9], tokens[(i * 7 + i / 12) % 12], dims[i / 3 % 6]);
+    }
+    if (!done) skip();
+}
+
+/* Against the reference with the queries as they are rounded. */
+static void test_attn_mass_i8(void **state) {
+    (void)state;
+    enum { TOKENS = 137, N = 13 };
+    const size_t dims[] = {32, 64, 96, 256};
+    size_t done = 0;
+    for (size_t b = 0; b < n_tested; b++) {
+        for (size_t i = 0; tested[b]->attn_mass_i8 && i < 8; i++, done++) {
+            size_t dim = dims[i / 2];
+            segment s = random_segment(IBID_KV_Q8_0, TOKENS, 2, dim, 2);
+            rows x = new_rows(N, dim, 0.5f);
+            uint64_t masked[3] = {0x5555, 0, 0xf0};
+            for (size_t r = 0; r < N; r++) x.visible[r] = (uint32_t)(r * 12);
+            rows y = copy_rows(&x);
+            round_groups(y.q, N * dim, 32);
+            ibid_attn_args a = args_of(&s, 1, &x, i % 2 ? masked : NULL);
+            ibid_attn_args rounded = args_of(&s, 1, &y, i % 2 ? masked : NULL);
+            ref->attn(&rounded);
+            float lse[N], got[TOKENS + 1] = {0}, want[TOKENS + 1] = {0};
+            for (size_t r = 0; r < N; r++) lse[r] = y.state[r].max + logf(y.state[r].sum);
+            got[TOKENS] = 42;
+            tested[b]->attn_mass_i8(&a, lse, got);
+            ref->attn_mass(&rounded, lse, want);
+            for (size_t t = 0; t < TOKENS; t++) near(got[t], want[t], 3e-4, 1e-6, "attn_mass_i8");
+            assert_true(got[TOKENS] == 42);
+            free_rows(&x);
+            free_rows(&y);
+            free_segment(&s);
+        }
+    }
+    if (!done) skip();
+}
+
+/* f32 KV of one head, and the same in tiles. */
+typedef struct tiled {
+    size_t n, dim, bytes;
+    float *k, *v;
+    uint8_t *tiles;
+} tiled;
+
+static void lay(const ibid_kernels *k, const tiled *t, size_t n) {
+    for (size_t i = 0; i < n; i += IBID_KV_TILE) {
+        size_t in = n - i < IBID_KV_TILE ? n - i : IBID_KV_TILE;
+        k->kv_tile_pack(t->k + i * t->dim, t->v + i * t->dim, in, t->dim,
+                        t->tiles + i / IBID_KV_TILE * t->bytes);
+    }
+}
+
+static void tiles_attn(const ibid_kernels *k, const tiled *t, rows *x, size_t row0, size_t n) {
+    ibid_tiles_args a = {.tiles = t->tiles,
+                         .head_dim = t->dim,
+                         .n_rows = n,
+                         .q = x->q + row0 * t->dim,
+                         .visible = x->visible + row0,
+                         .state = x->state + row0,
+                         .acc = x->acc + row0 * t->dim};
+    k->attn_tiles(&a);
+}
+
+/* Against exact attention over what the tiles hold. A row alone gives the same bits, also where the
+ * context ends with what it sees. */
+static void check_attn_tiles(const ibid_kernels *k, size_t i, size_t n, size_t tokens, size_t dim) {
+    float big = i % 4 == 3 ? 30 : 1;
+    tiled t = {.n = tokens, .dim = dim, .bytes = k->kv_tile_bytes(dim)};
+    t.k = need(tokens * dim * 4);
+    t.v = need(tokens * dim * 4);
+    t.tiles = ibid_alloc_aligned(64, (tokens + IBID_KV_TILE - 1) / IBID_KV_TILE * t.bytes);
+    fill(t.k, tokens * dim, big);
+    for (size_t j = 0; j < tokens; j++) fill(t.v + j * dim, dim, j % 7 == 3 ? 2 : 0.1f);
+    rows x = new_rows(n, dim, 8 / sqrtf((float)dim));
+    for (size_t r = 0; r < n; r++) { /* the first rows may see nothing */
+        size_t see = i % 3 ? tokens * (r + 1) / n + i % 2 * (r % 2) : tokens;
+        x.visible[r] = (uint32_t)(see < tokens ? see : tokens);
+        if (r && x.visible[r] < x.visible[r - 1]) x.visible[r] = x.visible[r - 1];
+    }
+    if (n > 2) memset(x.q + dim, 0, dim * 4); /* scores of zero */
+    rows y = copy_rows(&x), one = copy_rows(&x);
+    lay(k, &t, tokens);
+    tiles_attn(k, &t, &x, 0, n);
+    round_groups(y.q, n * dim, 64);
+    float *exact[] = {need(tokens * dim * 4), need(tokens * dim * 4)};
+    memcpy(exact[0], t.k, tokens * dim * 4);
+    memcpy(exact[1], t.v, tokens * dim * 4);
+    round_groups(exact[0], tokens * dim, 64);
+    round_groups(exact[1], tokens * dim, 64);
+    ibid_kv_view kv = {.type = IBID_KV_F32,
+                       .n_tokens = tokens,
+                       .n_kv_heads = 1,
+                       .head_dim = dim,
+                       .k = exact[0],
+                       .v = exact[1]};
+    ibid_attn_args a = {.kv = &kv,
+                        .q = y.q,
+                        .n_rows = n,
+                        .visible = y.visible,
+                        .state = y.state,
+                        .acc = y.acc};
+    ref->attn(&a);
+    same_rows_i8(&x, &y, IBID_KV_TILE, (double)big * 4 * sqrt((double)dim), k->name);
+    for (size_t r = 0; r < n; r++) {
+        lay(k, &t, r % 2 ? tokens : x.visible[r]);
+        tiles_attn(k, &t, &one, r, 1);
+        if (memcmp(x.acc + r * dim, one.acc + r * dim, dim * 4) != 0 ||
+            memcmp(&x.state[r], &one.state[r], sizeof *one.state) != 0)
+            fail_msg("%s %zu: n %zu tokens %zu dim %zu: row %zu alone differs", k->name, i, n,
+                     tokens, dim, r);
+    }
+    for (size_t r = 0; r < n; r++) x.visible[r] = 0;
+    tiles_attn(k, &t, &x, 0, n);
+    assert_memory_equal(x.acc, one.acc, n * dim * 4);
+    assert_memory_equal(x.state, one.state, n * sizeof *x.state);
+    free_rows(&x);
+    free_rows(&y);
+    free_rows(&one);
+    ibid_free(exact[0]);
+    ibid_free(exact[1]);
+    ibid_free(t.k);
+    ibid_free(t.v);
+    ibid_free(t.tiles);
+}
+
+static void test_attn_tiles(void **state) {
+    (void)state;
+    const size_t ns[] = {1, 2, 3, 5, 6, 7, 13, 100, 191, 193};
+    const size_t tokens[] = {1, 5, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 300};
+    const size_t dims[] = {64, 128, 192, 256};
+    size_t done = 0;
+    for (size_t b = 0; b < n_tested; b++) {
+        for (size_t i = 0; tested[b]->attn_tiles && i < 130; i++, done++)
+            check_attn_tiles(tested[b], i, ns[i % 10], tokens[(i * 7 + i / 13) % 13],
+                             dims[i / 3 % 4]);
     }
     if (!done) skip();
 }
@@ -1255,6 +1391,8 @@ int main(void) {
         cmocka_unit_test(test_attn_mass),
         cmocka_unit_test(test_attn_i8),
         cmocka_unit_test(test_attn_i8_flat),
+        cmocka_unit_test(test_attn_mass_i8),
+        cmocka_unit_test(test_attn_tiles),
         cmocka_unit_test(test_maxsim),
         cmocka_unit_test(test_maxsim_panels),
     };

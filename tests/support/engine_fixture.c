@@ -42,16 +42,19 @@ static void *need(size_t n, size_t size) {
     return p;
 }
 
-void fx_open(fx_model *f, const ibid_test_gguf *spec, const char *kernels, size_t n_threads) {
+void fx_open_with(fx_model *f, const ibid_test_gguf *spec, const ibid_engine_opts *o) {
     ibid_gguf *g = NULL;
     ibid_hash fingerprint = {0};
-    ibid_engine_opts o = {.kernels = kernels, .n_threads = n_threads};
     memset(f, 0, sizeof *f);
     ibid_buf_init(&f->file, (size_t)64 << 20);
     must(ibid_test_build_gguf(spec, &f->file));
     must(ibid_gguf_parse(f->file.data, f->file.len, "test model", &g));
     must(ibidi_model_build(g, &fingerprint, &f->m));
-    must(ibid_engine_open(f->m, &o, &f->e));
+    must(ibid_engine_open(f->m, o, &f->e));
+}
+
+void fx_open(fx_model *f, const ibid_test_gguf *spec, const char *kernels, size_t n_threads) {
+    fx_open_with(f, spec, &(ibid_engine_opts){.kernels = kernels, .n_threads = n_threads});
 }
 
 void fx_close(fx_model *f) {

@@ -17,6 +17,7 @@ typedef struct fx_model {
     ibid_engine *e;
 } fx_model;
 void fx_open(fx_model *f, const ibid_test_gguf *spec, const char *kernels, size_t n_threads);
+void fx_open_with(fx_model *f, const ibid_test_gguf *spec, const ibid_engine_opts *o);
 void fx_close(fx_model *f);
 
 /* The default model's path, or NULL if it is not there; if it must be there, fails instead. */
