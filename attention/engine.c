@@ -7,6 +7,7 @@
 
 enum {
     LOGIT_ROWS = 16, /* rows of several steps that meet the output head together */
+    STRETCH = IBIDI_CHUNKS * IBIDI_CHUNK,
     ALIGN = 64
 };
 
@@ -69,18 +70,20 @@ static void carve_threads(ibid_engine *e, carver *c) {
     }
 }
 
+/* Of a stretch of n rows. */
 static void carve_rows(ibid_engine *e, carver *c, size_t n) {
     const ibid_model *m = e->m;
-    ibidi_rows *r = &e->rows;
+    ibidi_rows *r = &e->all;
     r->x = carve(c, n, m->n_embd * sizeof(float));
-    r->h = carve(c, n, e->wide * sizeof(float));
     r->q = carve(c, n, e->wide * sizeof(float));
+    r->cos = carve(c, n, m->rope.n_rot / 2 * sizeof(float));
+    r->sin = carve(c, n, m->rope.n_rot / 2 * sizeof(float));
+    if (n > IBIDI_CHUNK) n = IBIDI_CHUNK;
+    r->h = carve(c, n, e->wide * sizeof(float));
     r->k = carve(c, n, e->kv_dim * sizeof(float));
     r->v = carve(c, n, e->kv_dim * sizeof(float));
     r->gate = carve(c, n, m->n_ff * sizeof(float));
     r->up = carve(c, n, m->n_ff * sizeof(float));
-    r->cos = carve(c, n, m->rope.n_rot / 2 * sizeof(float));
-    r->sin = carve(c, n, m->rope.n_rot / 2 * sizeof(float));
     r->lse = carve(c, n, m->n_heads * sizeof(float));
     size_t n_tiles = (n + IBID_Q8_TILE - 1) / IBID_Q8_TILE;
     if (e->int8) r->packed = carve(c, n_tiles, e->k->q8_bytes(ibid_align_up(max_cols(e), 32)));
@@ -256,22 +259,22 @@ static ibid_err check_step(const ibid_engine *e, const ibid_step *s) {
     return check_rows(e->m, s);
 }
 
-/* Room for n rows of activations; kept for later calls. */
+/* Room for a stretch of n rows; kept for later calls. */
 static ibid_err reserve_rows(ibid_engine *e, size_t n) {
     carver c = {.ok = true};
-    if (n <= e->rows.room) return IBID_OK;
+    if (n <= e->all.room) return IBID_OK;
     if (n > 8)
-        n = ibid_align_up(n, IBIDI_CHUNK); /* a decoding batch, or a full chunk */
+        n = ibid_align_up(n, IBIDI_CHUNK); /* a decoding batch, or full chunks */
     else
         n = 8;
     carve_rows(e, &c, n);
     ibid_free(e->row_block);
-    e->rows.room = 0;
+    e->all.room = 0;
     e->row_block = c.ok ? ibid_alloc_aligned(ALIGN, c.used) : NULL;
     if (!e->row_block) return ibid_fail(IBID_NOMEM, "no memory for %zu rows of activations", n);
     c = (carver){.base = e->row_block, .ok = true};
     carve_rows(e, &c, n);
-    e->rows.room = n;
+    e->all.room = n;
     return IBID_OK;
 }
 
@@ -521,58 +524,100 @@ static ibid_err stored_ready(const ibid_engine *e, size_t layer) {
     return err;
 }
 
-static ibid_err run_chunk(ibid_engine *e, const atomic_bool *cancel) {
-    ibidi_each_row(e, e->n_rows, embed_row, 0);
-    for (size_t layer = 0; e->n_rows && layer < e->m->n_layers; layer++) {
-        if (cancel && atomic_load_explicit(cancel, memory_order_relaxed))
-            return ibid_fail(IBID_CANCELLED, "cancelled before layer %zu", layer);
-        ibid_err err = stored_ready(e, layer);
-        if (err) return err;
-        run_layer(e, layer);
+/* ---- Chunks and stretches ---- */
+
+/* Up to IBIDI_CHUNK rows from (step, row) on; false if none are left. Steps of few rows are not cut:
+ * how attn_i8 rounds depends on how far its view of live rows goes. */
+static bool next_chunk(const ibid_step *steps, size_t n_steps, size_t step, size_t row,
+                       ibidi_chunk *c) {
+    size_t n_rows = 0;
+    *c = (ibidi_chunk){step, row, step, row};
+    while (c->step1 < n_steps) {
+        const ibid_step *s = &steps[c->step1];
+        size_t left = s->n - c->row1, n = IBIDI_CHUNK - n_rows;
+        if (n > left) n = left;
+        if (n < left && s->n < IBIDI_MANY && n_rows) break;
+        n_rows += n;
+        c->row1 += n;
+        if (c->row1 < s->n) break;
+        c->step1++;
+        c->row1 = 0;
     }
-    if (e->n_rows) run_head(e);
-    return IBID_OK;
+    return n_rows > 0;
 }
 
-/* ---- Steps ---- */
-
-/* Takes up to IBIDI_CHUNK rows from (*step, *row) on as the next chunk. Steps of few rows are not
- * cut: how attn_i8 rounds depends on how far its view of live rows goes. */
-static void next_chunk(ibid_engine *e, ibid_step *steps, size_t n_steps, size_t *step,
-                       size_t *row) {
+/* The chunk's pieces that a layer still has, as those before have left them. */
+static void take_chunk(ibid_engine *e, size_t chunk, size_t layer) {
+    const ibidi_chunk *c = &e->chunks[chunk];
+    const ibid_model *m = e->m;
+    size_t at = chunk * IBIDI_CHUNK;
     e->n_pieces = e->n_rows = 0;
-    while (*step < n_steps && e->n_rows < IBIDI_CHUNK) {
-        ibid_step *s = &steps[*step];
-        size_t left = s->n - *row, n = IBIDI_CHUNK - e->n_rows;
-        if (n > left) n = left;
-        if (n < left && s->n < IBIDI_MANY && e->n_rows) break;
-        if (n) {
-            ibidi_piece *p = &e->pieces[e->n_pieces++];
-            *p = (ibidi_piece){.step = s, .seq = s->seq, .row0 = *row, .n = n, .at = e->n_rows};
-            p->n_layers = s->n_layers ? s->n_layers : e->m->n_layers;
-            p->end = s->seq->base + *row + n;
-            p->pick = s->seq->picks ? s->seq->pick : NULL;
-            ibidi_plan_splits(e, p);
-        }
-        e->n_rows += n;
-        *row += n;
-        if (*row < s->n) break;
-        (*step)++;
-        *row = 0;
+    for (size_t i = c->step0; i <= c->step1; i++) {
+        size_t row0 = i == c->step0 ? c->row0 : 0, row1 = i == c->step1 ? c->row1 : e->steps[i].n;
+        if (row0 >= row1) continue;
+        ibid_step *s = &e->steps[i];
+        ibidi_piece p = {.step = s, .seq = s->seq, .row0 = row0, .n = row1 - row0};
+        p.n_layers = s->n_layers ? s->n_layers : m->n_layers;
+        if (p.n_layers <= layer) continue;
+        p.at = e->n_rows;
+        p.end = s->seq->base + row1;
+        p.pick = s->seq->picks ? s->seq->pick : NULL;
+        ibidi_plan_splits(e, &p);
+        p.context = ibidi_context_of(e, &p);
+        e->n_rows += p.n;
+        e->pieces[e->n_pieces++] = p;
     }
+    e->rows = e->all;
+    e->rows.x += at * m->n_embd;
+    e->rows.q += at * e->wide;
+    e->rows.cos += at * (m->rope.n_rot / 2);
+    e->rows.sin += at * (m->rope.n_rot / 2);
+}
+
+/* Plans the stretch of the chunks, and gives its rows their first x. */
+static ibid_err begin_stretch(ibid_engine *e) {
+    ibid_err err = IBID_OK;
+    ibidi_tiles_begin(e);
+    for (size_t i = 0; !err && i < e->n_chunks; i++) {
+        take_chunk(e, i, 0);
+        err = reserve_partials(e);
+        for (size_t p = 0; !err && p < e->n_pieces; p++) err = ibidi_tiles_plan(e, &e->pieces[p]);
+        if (!err) ibidi_each_row(e, e->n_rows, embed_row, 0);
+    }
+    return err ? err : ibidi_tiles_ready(e);
+}
+
+static ibid_err run_stretch(ibid_engine *e, const atomic_bool *cancel) {
+    ibid_err err = begin_stretch(e);
+    for (size_t layer = 0; !err && layer < e->m->n_layers; layer++) {
+        ibidi_tiles_layer(e);
+        for (size_t i = 0; i < e->n_chunks; i++) {
+            take_chunk(e, i, layer);
+            if (e->n_rows == 0) continue;
+            if (cancel && atomic_load_explicit(cancel, memory_order_relaxed))
+                return ibid_fail(IBID_CANCELLED, "cancelled before layer %zu", layer);
+            if ((err = stored_ready(e, layer))) return err;
+            run_layer(e, layer);
+            if (layer + 1 == e->m->n_layers && e->n_rows) run_head(e);
+        }
+    }
+    return err;
 }
 
 static ibid_err run_steps(ibid_engine *e, ibid_step *steps, size_t n_steps,
                           const atomic_bool *cancel) {
     size_t step = 0, row = 0;
     ibid_err err = IBID_OK;
-    while (!err && step < n_steps) {
-        next_chunk(e, steps, n_steps, &step, &row);
-        if (e->n_rows == 0) break;
-        if (!(err = reserve_partials(e)) && !(err = ibidi_plan_tiles(e)))
-            err = run_chunk(e, cancel);
+    e->steps = steps;
+    for (;;) {
+        for (e->n_chunks = 0; e->n_chunks < IBIDI_CHUNKS; e->n_chunks++) {
+            ibidi_chunk *c = &e->chunks[e->n_chunks];
+            if (!next_chunk(steps, n_steps, step, row, c)) break;
+            step = c->step1;
+            row = c->row1;
+        }
+        if (e->n_chunks == 0 || (err = run_stretch(e, cancel))) return err;
     }
-    return err;
 }
 
 ibid_err ibid_engine_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,
@@ -594,7 +639,7 @@ ibid_err ibid_engine_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,
     }
     if (e->gpu) {
         if ((err = ibidi_gpu_forward(e, steps, n_steps, cancel))) goto done;
-    } else if ((err = reserve_rows(e, n_rows < IBIDI_CHUNK ? n_rows : IBIDI_CHUNK)) ||
+    } else if ((err = reserve_rows(e, n_rows < STRETCH ? n_rows : STRETCH)) ||
                (err = reserve_pieces(e, n_steps < IBIDI_CHUNK ? n_steps : IBIDI_CHUNK)) ||
                (err = reserve_logits(e, steps, n_steps)) ||
                (err = run_steps(e, steps, n_steps, cancel)))

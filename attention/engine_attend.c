@@ -98,15 +98,15 @@ static void gather(const ibid_engine *e, size_t head, size_t row0, size_t n, flo
     }
 }
 
-/* The task of a laid piece. */
+/* The task of a piece whose context is laid. */
 static void attend_tiles(ibid_engine *e, const task *t, ibidi_thread *th, ibid_attn_state *state,
                          float *acc) {
     size_t n = t->n * e->group, live = t->p->seq->base + t->p->row0 + t->row0 - t->p->at;
     for (size_t r = 0; r < n; r++) {
-        th->visible[r] = ibidi_row_sees(e, t->p, live + r / e->group);
+        th->visible[r] = ibidi_row_sees(e, t->p->context, live + r / e->group);
     }
     e->k->hadamard(th->q, n * e->m->head_dim);
-    ibid_tiles_args a = {.tiles = ibidi_tiles_of(e, t->p, t->head),
+    ibid_tiles_args a = {.tiles = ibidi_tiles_of(e, t->p->context, t->head),
                          .head_dim = e->m->head_dim,
                          .n_rows = n,
                          .q = th->q,
@@ -262,7 +262,7 @@ static void attend_part(void *arg, size_t part, size_t thread) {
     ibid_attn_args a = {.n_rows = n, .visible = th->visible, .state = state, .acc = acc};
     size_t lo = t.split * t.p->split, hi = lo + t.p->split;
     if (t.split + 1 == t.p->n_splits) hi = SIZE_MAX;
-    if (t.p->laid) {
+    if (t.p->context) {
         attend_tiles(e, &t, th, state, acc);
     } else {
         attend_segments(e, &t, th, j->layer, lo, hi, &a);
@@ -380,7 +380,7 @@ void ibidi_attend(ibid_engine *e, size_t layer) {
     j.n_tasks = plan_tasks(e);
     for (size_t i = 0; i < e->n_pieces; i++)
         if (e->pieces[i].pick) ibidi_pick_summarise(e, &e->pieces[i], layer);
-    ibidi_lay_tiles(e, layer);
+    ibidi_tiles_lay(e, layer);
     ibid_pool_run(e->pool, j.n_tasks, attend_part, &j);
     for (size_t i = 0; i < e->n_pieces; i++) split |= e->pieces[i].n_splits > 1;
     if (split) ibidi_each_row(e, e->n_rows, merge_row, layer);

@@ -1,6 +1,7 @@
-/* What the engine's files share. The forward pass goes chunk by chunk: up to IBIDI_CHUNK rows of
- * all steps travel through all layers together, so that scratch is bounded and weights serve many
- * rows.
+/* What the engine's files share. The forward pass goes stretch by stretch: the rows of up to
+ * IBIDI_CHUNKS chunks travel from layer to layer together, so that a context is laid out once a
+ * layer for all of them; within a layer chunk by chunk, up to IBIDI_CHUNK rows of all steps, so that
+ * scratch is bounded and weights serve many rows.
  *
  * engine.c          opening, checking, scratch, the layers in order, the output head
  * engine_linear.c   weights times activations, split into parts for the pool
@@ -18,7 +19,8 @@
 #include "rpc/base/mem.h"
 
 enum {
-    IBIDI_CHUNK = 512,   /* rows that pass the layers together */
+    IBIDI_CHUNK = 512,   /* rows that pass a layer together */
+    IBIDI_CHUNKS = 4,    /* of a stretch */
     IBIDI_WORD = 64,     /* tokens of a word of a mask: the kernels' key tile */
     IBIDI_PAGE = 64,     /* live tokens per page of f32 KV */
     IBIDI_PAGE_I8 = 512, /* and of q8_0: each call of attn_i8 rounds its queries anew */
@@ -70,26 +72,37 @@ typedef struct ibidi_piece {
     size_t task0;            /* its first attention task in the chunk */
     size_t partial0;         /* its first row state among the chunk's partial ones */
     struct ibidi_pick *pick; /* NULL: it reads everything */
-    bool laid;               /* its context is in tiles; the rest is of those (ibidi_context) */
-    size_t slot0, n_slots, sees0, tile0, n_tiles;
-    size_t live0; /* live number of its first row */
+    struct ibidi_context *context; /* its step's; NULL: it is not laid */
 } ibidi_piece;
+
+/* Where a chunk begins and ends: rows [row0, ...) of step0 to [..., row1) of step1. */
+typedef struct ibidi_chunk {
+    size_t step0, row0, step1, row1;
+} ibidi_chunk;
 
 /* A token of a laid context: of a segment, or the live row `token` (segment n_segs). */
 typedef struct ibidi_slot {
     uint32_t segment, token;
 } ibidi_slot;
 
-/* The contexts of the chunk's laid pieces. Of a piece: slots [slot0, slot0 + n_slots) in the order
- * of their positions; sees[sees0 + i], how many of those its row i sees; and tiles [tile0 + head *
- * n_tiles, + n_tiles), at one layer at a time. */
+/* What the rows of one step in the stretch see: slots in the order of their positions, and how many
+ * of those each row sees; and the tiles of one layer, [n_kv_heads, n_tiles], of which those of the
+ * first n_laid slots are filled. */
 typedef struct ibidi_context {
+    const ibid_step *step;
+    size_t slot0, sees0, tile0, n_tiles; /* in ibidi_laid's arrays */
+    size_t live0;                        /* live number of the first row */
+    size_t n_laid;
+    size_t part0, first, n_parts; /* of the running lay: tiles [first, first + n_parts) a head */
+} ibidi_context;
+
+typedef struct ibidi_laid {
+    ibidi_context *contexts;
     ibidi_slot *slots;
     uint32_t *sees;
     uint8_t *tiles;
-    size_t slot_room, row_room, tile_room;
-    size_t n_tiles; /* of all pieces and heads */
-} ibidi_context;
+    size_t n, room, slot_room, row_room, tile_room;
+} ibidi_laid;
 
 typedef struct ibidi_thread {
     void *matmul;              /* the kernels' scratch */
@@ -100,17 +113,18 @@ typedef struct ibidi_thread {
     uint32_t *visible;
 } ibidi_thread;
 
-/* Activations of a chunk; all row-major, ld in floats. */
+/* Activations of a chunk; all row-major, ld in floats. What stays from one layer to the next lies
+ * in arrays of the whole stretch. */
 typedef struct ibidi_rows {
-    float *x;         /* [n_embd] the residual stream */
+    float *x;         /* [n_embd] the residual stream; stays */
     float *h;         /* [wide] the normalised input, then attention's output */
-    float *q;         /* [wide] queries, rotated and scaled; then what is added to x */
+    float *q;         /* [wide] queries, rotated and scaled; then what is added to x; stays */
     float *k, *v;     /* [n_kv_heads * head_dim] */
     float *gate, *up; /* [n_ff] */
-    float *cos, *sin; /* [n_rot / 2] of the row's position */
+    float *cos, *sin; /* [n_rot / 2] of the row's position; stay */
     float *lse;       /* [n_heads] */
     uint8_t *packed;  /* a linear layer's input as integers; NULL unless int8 */
-    size_t room;      /* rows there is space for */
+    size_t room;      /* rows of a stretch there is space for */
 } ibidi_rows;
 
 struct ibid_engine {
@@ -132,8 +146,12 @@ struct ibid_engine {
     ibidi_thread *threads;
     void *thread_block;
 
-    ibidi_rows rows;
+    ibidi_rows all;  /* the stretch's first row */
+    ibidi_rows rows; /* the chunk's */
     void *row_block;
+    ibid_step *steps; /* of the running forward */
+    ibidi_chunk chunks[IBIDI_CHUNKS];
+    size_t n_chunks;
     float *logits; /* [logit_rows, n_vocab] for batches of steps */
     size_t logit_rows;
     ibidi_piece *pieces;
@@ -142,7 +160,7 @@ struct ibid_engine {
     ibid_attn_state *partial_state;
     float *partial_acc;
     size_t partial_room; /* row states */
-    ibidi_context context;
+    ibidi_laid laid;
 };
 
 /* cos and sin of position * freq, in double, rounded to float; sin times sign. */
@@ -194,13 +212,20 @@ size_t ibidi_partials(ibid_engine *e);
 void ibidi_attend(ibid_engine *e, size_t layer);
 
 /* engine_tiles.c */
-/* Which pieces are laid, and what of. After their splits are planned. Errors: NOMEM. */
-ibid_err ibidi_plan_tiles(ibid_engine *e);
-/* Their tiles of a layer, whose live rows are stored. */
-void ibidi_lay_tiles(ibid_engine *e, size_t layer);
-uint8_t *ibidi_tiles_of(const ibid_engine *e, const ibidi_piece *p, size_t head);
-/* How many leading tokens of its context a live row of the piece sees. */
-uint32_t ibidi_row_sees(const ibid_engine *e, const ibidi_piece *p, size_t live);
+/* Begins a stretch: no context is laid. */
+void ibidi_tiles_begin(ibid_engine *e);
+/* Pieces of the stretch in order, their splits planned: what is laid for them. Errors: NOMEM. */
+ibid_err ibidi_tiles_plan(ibid_engine *e, const ibidi_piece *p);
+ibid_err ibidi_tiles_ready(ibid_engine *e);
+/* The context of a piece's step, or NULL. */
+ibidi_context *ibidi_context_of(ibid_engine *e, const ibidi_piece *p);
+/* A layer begins: nothing is laid of it yet. */
+void ibidi_tiles_layer(ibid_engine *e);
+/* Lays what the chunk's pieces see, their live rows being stored. */
+void ibidi_tiles_lay(ibid_engine *e, size_t layer);
+const uint8_t *ibidi_tiles_of(const ibid_engine *e, const ibidi_context *c, size_t head);
+/* How many leading tokens of its context a live row sees. */
+uint32_t ibidi_row_sees(const ibid_engine *e, const ibidi_context *c, size_t live);
 void ibidi_tiles_close(ibid_engine *e);
 
 /* engine_select.c */

@@ -9,12 +9,6 @@
 
 #include <string.h>
 
-/* Position of a live row, of those before the running step or of the step. */
-static uint32_t live_position(const ibidi_piece *p, size_t live) {
-    const ibid_seq *s = p->seq;
-    return live < s->base ? s->positions[live] : p->step->positions[live - s->base];
-}
-
 static bool wants_tiles(const ibid_engine *e, const ibidi_piece *p) {
     const ibid_seq *s = p->seq;
     if (!e->k->attn_tiles || e->attn != e->k->attn_i8 || e->live_type != IBID_KV_Q8_0) return false;
@@ -25,12 +19,47 @@ static bool wants_tiles(const ibid_engine *e, const ibidi_piece *p) {
     return true;
 }
 
-/* All tokens the piece's last row sees, in the order of their positions. */
-static void list_slots(const ibidi_piece *p, ibidi_slot *slots, uint32_t *sees, size_t *n_slots) {
-    const ibid_seq *s = p->seq;
+void ibidi_tiles_begin(ibid_engine *e) {
+    e->laid.n = 0;
+}
+
+ibidi_context *ibidi_context_of(ibid_engine *e, const ibidi_piece *p) {
+    ibidi_context *c = e->laid.n ? &e->laid.contexts[e->laid.n - 1] : NULL;
+    for (; c && c->step != p->step; c--)
+        if (c == e->laid.contexts) return NULL;
+    return c;
+}
+
+static size_t tiles_of(size_t n) {
+    return (n + IBID_KV_TILE - 1) / IBID_KV_TILE;
+}
+
+/* Only notes how much; p's rows follow those of the same step that were noted before. */
+ibid_err ibidi_tiles_plan(ibid_engine *e, const ibidi_piece *p) {
+    ibidi_laid *l = &e->laid;
+    if (!wants_tiles(e, p)) return IBID_OK;
+    ibidi_context *c = ibidi_context_of(e, p);
+    if (!c) {
+        if (l->n == l->room) {
+            size_t room = l->room ? 2 * l->room : 8;
+            ibidi_context *more = ibid_realloc(l->contexts, room * sizeof *more);
+            if (!more) return ibid_fail(IBID_NOMEM, "no memory to lay out %zu contexts", room);
+            l->contexts = more;
+            l->room = room;
+        }
+        c = &l->contexts[l->n++];
+        *c = (ibidi_context){.step = p->step, .live0 = p->seq->base + p->row0};
+    }
+    c->n_tiles = tiles_of(p->seq->n_stored + p->end);
+    return IBID_OK;
+}
+
+/* All tokens that live rows [live0, end) see, in the order of their positions. */
+static size_t list_slots(const ibid_seq *s, const ibidi_context *c, size_t end, ibidi_slot *slots,
+                         uint32_t *sees) {
     size_t n = 0, segment = 0, token = 0;
-    for (size_t live = 0; live < p->end; live++) {
-        uint32_t position = live_position(p, live);
+    for (size_t live = 0; live < end; live++) {
+        uint32_t position = live < s->base ? s->positions[live] : c->step->positions[live - s->base];
         for (; segment < s->n_segs; segment++, token = 0) {
             const ibidi_seg *g = &s->segs[segment];
             for (; token < g->n_tokens && g->start + token < position; token++) {
@@ -40,71 +69,82 @@ static void list_slots(const ibidi_piece *p, ibidi_slot *slots, uint32_t *sees, 
             if (token < g->n_tokens) break;
         }
         slots[n++] = (ibidi_slot){(uint32_t)s->n_segs, (uint32_t)live};
-        if (live >= p->live0) sees[live - p->live0] = (uint32_t)n;
+        if (live >= c->live0) sees[live - c->live0] = (uint32_t)n;
     }
-    *n_slots = n;
+    return n;
 }
 
-/* Room in all pieces' tiles and lists; kept for later calls. */
+/* Room in lists and tiles; kept for later calls. */
 static ibid_err reserve(ibid_engine *e, size_t n_slots, size_t n_rows, size_t n_tiles) {
-    ibidi_context *c = &e->context;
+    ibidi_laid *l = &e->laid;
     size_t bytes;
-    if (n_slots > c->slot_room) {
-        ibid_free(c->slots);
-        c->slots = ibid_calloc(n_slots, sizeof *c->slots);
-        c->slot_room = c->slots ? n_slots : 0;
+    if (n_slots > l->slot_room) {
+        ibid_free(l->slots);
+        l->slots = ibid_calloc(n_slots, sizeof *l->slots);
+        l->slot_room = l->slots ? n_slots : 0;
     }
-    if (n_rows > c->row_room) {
-        ibid_free(c->sees);
-        c->sees = ibid_calloc(n_rows, sizeof *c->sees);
-        c->row_room = c->sees ? n_rows : 0;
+    if (n_rows > l->row_room) {
+        ibid_free(l->sees);
+        l->sees = ibid_calloc(n_rows, sizeof *l->sees);
+        l->row_room = l->sees ? n_rows : 0;
     }
-    if (n_tiles > c->tile_room) {
-        ibid_free(c->tiles);
-        c->tiles = ibid_mul_size(n_tiles, e->k->kv_tile_bytes(e->m->head_dim), &bytes)
+    if (n_tiles > l->tile_room) {
+        ibid_free(l->tiles);
+        l->tiles = ibid_mul_size(n_tiles, e->k->kv_tile_bytes(e->m->head_dim), &bytes)
                        ? ibid_alloc_aligned(64, bytes)
                        : NULL;
-        c->tile_room = c->tiles ? n_tiles : 0;
+        l->tile_room = l->tiles ? n_tiles : 0;
     }
-    if (n_slots > c->slot_room || n_rows > c->row_room || n_tiles > c->tile_room)
+    if (n_slots > l->slot_room || n_rows > l->row_room || n_tiles > l->tile_room)
         return ibid_fail(IBID_NOMEM, "no memory to lay out a context of %zu tokens", n_slots);
     return IBID_OK;
 }
 
-ibid_err ibidi_plan_tiles(ibid_engine *e) {
+/* Live rows of the step at the stretch's end. */
+static size_t live_end(const ibid_engine *e, const ibidi_context *c) {
+    const ibidi_chunk *last = &e->chunks[e->n_chunks - 1];
+    bool whole = c->step != e->steps + last->step1;
+    return c->step->seq->base + (whole ? c->step->n : last->row1);
+}
+
+ibid_err ibidi_tiles_ready(ibid_engine *e) {
     size_t n_slots = 0, n_rows = 0, n_tiles = 0;
-    e->context.n_tiles = 0;
-    for (size_t i = 0; i < e->n_pieces; i++) {
-        ibidi_piece *p = &e->pieces[i];
-        if (!(p->laid = wants_tiles(e, p))) continue;
-        size_t most = p->seq->n_stored + p->end;
-        p->slot0 = n_slots;
-        p->sees0 = n_rows;
-        p->live0 = p->seq->base + p->row0;
-        n_slots += most;
-        n_rows += p->n;
-        n_tiles += (most + IBID_KV_TILE - 1) / IBID_KV_TILE * e->m->n_kv_heads;
+    ibidi_laid *l = &e->laid;
+    for (size_t i = 0; i < l->n; i++) {
+        ibidi_context *c = &l->contexts[i];
+        size_t end = live_end(e, c);
+        c->slot0 = n_slots;
+        c->sees0 = n_rows;
+        c->tile0 = n_tiles;
+        n_slots += c->step->seq->n_stored + end;
+        n_rows += end - c->live0;
+        n_tiles += c->n_tiles * e->m->n_kv_heads;
     }
-    if (n_slots == 0) return IBID_OK;
-    ibid_err err = reserve(e, n_slots, n_rows, n_tiles);
-    for (size_t i = 0; !err && i < e->n_pieces; i++) {
-        ibidi_piece *p = &e->pieces[i];
-        if (!p->laid) continue;
-        list_slots(p, e->context.slots + p->slot0, e->context.sees + p->sees0, &p->n_slots);
-        p->tile0 = e->context.n_tiles;
-        p->n_tiles = (p->n_slots + IBID_KV_TILE - 1) / IBID_KV_TILE;
-        e->context.n_tiles += p->n_tiles * e->m->n_kv_heads;
+    ibid_err err = l->n ? reserve(e, n_slots, n_rows, n_tiles) : IBID_OK;
+    for (size_t i = 0; !err && i < l->n; i++) {
+        ibidi_context *c = &l->contexts[i];
+        size_t n = list_slots(c->step->seq, c, live_end(e, c), l->slots + c->slot0,
+                              l->sees + c->sees0);
+        c->n_tiles = tiles_of(n);
     }
     return err;
 }
 
-uint8_t *ibidi_tiles_of(const ibid_engine *e, const ibidi_piece *p, size_t head) {
-    return e->context.tiles +
-           (p->tile0 + head * p->n_tiles) * e->k->kv_tile_bytes(e->m->head_dim);
+void ibidi_tiles_layer(ibid_engine *e) {
+    for (size_t i = 0; i < e->laid.n; i++) e->laid.contexts[i].n_laid = 0;
 }
 
-uint32_t ibidi_row_sees(const ibid_engine *e, const ibidi_piece *p, size_t live) {
-    return e->context.sees[p->sees0 + live - p->live0];
+static uint8_t *tile_at(const ibid_engine *e, const ibidi_context *c, size_t head, size_t i) {
+    return e->laid.tiles +
+           (c->tile0 + head * c->n_tiles + i) * e->k->kv_tile_bytes(e->m->head_dim);
+}
+
+const uint8_t *ibidi_tiles_of(const ibid_engine *e, const ibidi_context *c, size_t head) {
+    return tile_at(e, c, head, 0);
+}
+
+uint32_t ibidi_row_sees(const ibid_engine *e, const ibidi_context *c, size_t live) {
+    return e->laid.sees[c->sees0 + live - c->live0];
 }
 
 /* ---- Laying ---- */
@@ -137,41 +177,52 @@ static void lay_slots(const ibid_engine *e, const ibidi_piece *p, size_t layer, 
     if (!spread) e->k->hadamard(k, n * dim);
 }
 
-/* NULL if it has no rows left in this layer. */
-static const ibidi_piece *piece_of_tile(const ibid_engine *e, size_t tile) {
-    for (size_t i = 0; i < e->n_pieces; i++) {
-        const ibidi_piece *p = &e->pieces[i];
-        if (p->laid && tile >= p->tile0 && tile - p->tile0 < p->n_tiles * e->m->n_kv_heads)
-            return p;
-    }
-    return NULL;
+static size_t n_parts_of(const ibid_engine *e, const ibidi_piece *p) {
+    return p->context->n_parts * e->m->n_kv_heads;
 }
 
 static void lay_part(void *arg, size_t part, size_t thread) {
     const lay_job *j = arg;
     ibid_engine *e = j->e;
-    const ibidi_piece *p = piece_of_tile(e, part);
-    if (!p) return;
     size_t dim = e->m->head_dim;
-    size_t head = (part - p->tile0) / p->n_tiles, tile = (part - p->tile0) % p->n_tiles;
-    size_t from = tile * IBID_KV_TILE, n = p->n_slots - from;
+    const ibidi_piece *p = e->pieces;
+    while (!p->context || part < p->context->part0 || part - p->context->part0 >= n_parts_of(e, p))
+        p++;
+    const ibidi_context *c = p->context;
+    size_t head = (part - c->part0) / c->n_parts;
+    size_t tile = c->first + (part - c->part0) % c->n_parts;
+    size_t from = tile * IBID_KV_TILE, n = c->n_laid - from;
     if (n > IBID_KV_TILE) n = IBID_KV_TILE;
-    const ibidi_slot *slot = e->context.slots + p->slot0 + from;
+    const ibidi_slot *slot = e->laid.slots + c->slot0 + from;
     float *k = e->threads[thread].laid, *v = k + IBID_KV_TILE * dim;
     for (size_t at = 0, end; at < n; at = end) {
         for (end = at + 1; end < n && slot[end].segment == slot[at].segment;) end++;
         lay_slots(e, p, j->layer, head, slot + at, end - at, k + at * dim, v + at * dim);
     }
-    e->k->kv_tile_pack(k, v, n, dim, e->context.tiles + part * e->k->kv_tile_bytes(dim));
+    e->k->kv_tile_pack(k, v, n, dim, tile_at(e, c, head, tile));
 }
 
-void ibidi_lay_tiles(ibid_engine *e, size_t layer) {
+/* What chunks before have laid stays, but for the last tile if it is not full. */
+void ibidi_tiles_lay(ibid_engine *e, size_t layer) {
     lay_job j = {.e = e, .layer = layer};
-    if (e->context.n_tiles) ibid_pool_run(e->pool, e->context.n_tiles, lay_part, &j);
+    size_t n_parts = 0;
+    for (size_t i = 0; i < e->n_pieces; i++) {
+        const ibidi_piece *p = &e->pieces[i];
+        ibidi_context *c = p->context;
+        if (!c) continue;
+        size_t n = ibidi_row_sees(e, c, p->seq->base + p->row0 + p->n - 1);
+        c->first = c->n_laid / IBID_KV_TILE;
+        c->n_laid = n;
+        c->n_parts = tiles_of(n) - c->first;
+        c->part0 = n_parts;
+        n_parts += n_parts_of(e, p);
+    }
+    if (n_parts) ibid_pool_run(e->pool, n_parts, lay_part, &j);
 }
 
 void ibidi_tiles_close(ibid_engine *e) {
-    ibid_free(e->context.slots);
-    ibid_free(e->context.sees);
-    ibid_free(e->context.tiles);
+    ibid_free(e->laid.contexts);
+    ibid_free(e->laid.slots);
+    ibid_free(e->laid.sees);
+    ibid_free(e->laid.tiles);
 }

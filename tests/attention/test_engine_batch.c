@@ -200,6 +200,31 @@ static void test_laid(void **state) {
     fx_close(&exact);
 }
 
+/* More rows than travel the layers together, in one call and in two: the same bits. */
+static void test_stretches(void **state) {
+    enum { N = 2600 };
+    ibid_test_gguf spec = long_shape();
+    int32_t *tokens = calloc(N, sizeof *tokens);
+    (void)state;
+    for (int int8 = 0; int8 < 2; int8++) {
+        fx_model f;
+        ibid_seq *s[2];
+        fx_open_with(&f, &spec, &(ibid_engine_opts){.n_threads = 2, .int8 = int8});
+        fx_tokens(f.m, 5, tokens, N);
+        float *one = calloc(f.m->n_vocab, sizeof *one), *two = calloc(f.m->n_vocab, sizeof *two);
+        for (size_t i = 0; i < 2; i++) must(ibid_seq_open(f.e, 0, &s[i]));
+        fx_forward(f.e, s[0], 0, tokens, N, 1, one);
+        fx_forward(f.e, s[1], 0, tokens, 1300, 0, NULL);
+        fx_forward(f.e, s[1], 1300, tokens + 1300, N - 1300, 1, two);
+        assert_memory_equal(one, two, f.m->n_vocab * sizeof *one);
+        for (size_t i = 0; i < 2; i++) ibid_seq_close(s[i]);
+        free(one);
+        free(two);
+        fx_close(&f);
+    }
+    free(tokens);
+}
+
 /* Decoding over a long context, split, against the same rows inside one long pass, not split. */
 static void test_split(void **state) {
     ibid_test_gguf spec = long_shape();
@@ -539,7 +564,7 @@ static void test_no_allocation(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_same_bits),   cmocka_unit_test(test_laid),
-        cmocka_unit_test(test_split),
+        cmocka_unit_test(test_stretches),   cmocka_unit_test(test_split),
         cmocka_unit_test(test_truncate),    cmocka_unit_test(test_cancel),
         cmocka_unit_test(test_needed_rows), cmocka_unit_test(test_fork),
         cmocka_unit_test(test_refuses),     cmocka_unit_test(test_no_allocation),
