@@ -526,8 +526,8 @@ static ibid_err stored_ready(const ibid_engine *e, size_t layer) {
 
 /* ---- Chunks and stretches ---- */
 
-/* Up to IBIDI_CHUNK rows from (step, row) on; false if none are left. Steps of few rows are not cut:
- * how attn_i8 rounds depends on how far its view of live rows goes. */
+/* Up to IBIDI_CHUNK rows from (step, row) on; false if none are left. Steps of few rows are not
+ * cut: how attn_i8 rounds depends on how far its view of live rows goes. */
 static bool next_chunk(const ibid_step *steps, size_t n_steps, size_t step, size_t row,
                        ibidi_chunk *c) {
     size_t n_rows = 0;

@@ -1,7 +1,7 @@
 /* What the engine's files share. The forward pass goes stretch by stretch: the rows of up to
  * IBIDI_CHUNKS chunks travel from layer to layer together, so that a context is laid out once a
- * layer for all of them; within a layer chunk by chunk, up to IBIDI_CHUNK rows of all steps, so that
- * scratch is bounded and weights serve many rows.
+ * layer for all of them; within a layer chunk by chunk, up to IBIDI_CHUNK rows of all steps, so
+ * that scratch is bounded and weights serve many rows.
  *
  * engine.c          opening, checking, scratch, the layers in order, the output head
  * engine_linear.c   weights times activations, split into parts for the pool
@@ -27,7 +27,7 @@ enum {
     IBIDI_TILE = 192,    /* query rows (rows x heads of a kv head) an attention part takes */
     IBIDI_SPLIT = 1024,  /* least tokens of a split of a long context */
     IBIDI_SPLITS_MAX = 32,
-    IBIDI_MANY = 64, /* rows of a step from which on its context is laid into tiles */
+    IBIDI_MANY = 64,     /* rows of a step from which on its context is laid into tiles */
     IBIDI_FEW_TASKS = 16 /* a step with fewer attention parts than this has its context split */
 };
 
@@ -57,7 +57,7 @@ struct ibid_seq {
     struct ibidi_gpu_seq *gpu; /* its pages there; pages is empty then (attention/cuda/gpu.h) */
     struct ibidi_pick *pick;   /* NULL until a step selects */
     bool picks;                /* the running forward's step does */
-    size_t live_kept;          /* of the live rows that the GPU's summaries know, those that stayed */
+    size_t live_kept; /* of the live rows that the GPU's summaries know, those that stayed */
 };
 
 /* The rows of one step that are in the chunk: rows [row0, row0 + n) of the step lie at [at, at + n)
@@ -66,12 +66,12 @@ typedef struct ibidi_piece {
     ibid_step *step;
     ibid_seq *seq;
     size_t row0, n, at, n_layers;
-    size_t end;              /* live rows of the sequence once this chunk is stored */
-    size_t n_splits;         /* of the context; 1: none */
-    size_t split;            /* tokens in a split */
-    size_t task0;            /* its first attention task in the chunk */
-    size_t partial0;         /* its first row state among the chunk's partial ones */
-    struct ibidi_pick *pick; /* NULL: it reads everything */
+    size_t end;                    /* live rows of the sequence once this chunk is stored */
+    size_t n_splits;               /* of the context; 1: none */
+    size_t split;                  /* tokens in a split */
+    size_t task0;                  /* its first attention task in the chunk */
+    size_t partial0;               /* its first row state among the chunk's partial ones */
+    struct ibidi_pick *pick;       /* NULL: it reads everything */
     struct ibidi_context *context; /* its step's; NULL: it is not laid */
 } ibidi_piece;
 

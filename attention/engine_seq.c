@@ -189,11 +189,12 @@ void ibidi_put_keys(const ibid_kernels *k, const ibid_kv_view *v, size_t head, s
         k->kv_pack(v->type, src, v->head_dim, p.at, p.scale);
         return;
     }
-    for (size_t d = 0; d < v->head_dim; d += 32) {
-        float spread[32];
-        memcpy(spread, src + d, sizeof spread);
-        k->hadamard(spread, 32);
-        k->kv_pack(v->type, spread, 32, p.at + d, p.scale + d / 32);
+    size_t each = v->head_dim % 64 ? 32 : 64; /* as kv_pack parts a whole head */
+    for (size_t d = 0; d < v->head_dim; d += each) {
+        float spread[64];
+        memcpy(spread, src + d, each * sizeof *spread);
+        k->hadamard(spread, each);
+        k->kv_pack(v->type, spread, each, p.at + d, p.scale + d / 32);
     }
 }
 

@@ -1,10 +1,10 @@
 /* Steps of many rows: their context is laid side by side first, tile by tile, each layer anew.
  *
- * Stored keys stand at local positions, so every row's query has to be turned back for every segment
- * (engine_attend.c). Once there are more rows than tokens in a segment it is cheaper to turn the
- * segment's keys instead: once per layer, not once per row. They are rounded again on the way, which
- * costs as much as rounding them cost at first (docs/performance.md). Then nothing is left of
- * segments, masks and pages: one context, of which a row sees what stands before it. */
+ * Stored keys stand at local positions, so every row's query has to be turned back for every
+ * segment (engine_attend.c). Once there are more rows than tokens in a segment it is cheaper to
+ * turn the segment's keys instead: once per layer, not once per row. They are rounded again on the
+ * way, which costs as much as rounding them cost at first (docs/performance.md). Then nothing is
+ * left of segments, masks and pages: one context, of which a row sees what stands before it. */
 #include "attention/engine_internal.h"
 
 #include <string.h>
@@ -59,7 +59,8 @@ static size_t list_slots(const ibid_seq *s, const ibidi_context *c, size_t end, 
                          uint32_t *sees) {
     size_t n = 0, segment = 0, token = 0;
     for (size_t live = 0; live < end; live++) {
-        uint32_t position = live < s->base ? s->positions[live] : c->step->positions[live - s->base];
+        uint32_t position =
+            live < s->base ? s->positions[live] : c->step->positions[live - s->base];
         for (; segment < s->n_segs; segment++, token = 0) {
             const ibidi_seg *g = &s->segs[segment];
             for (; token < g->n_tokens && g->start + token < position; token++) {
@@ -123,8 +124,8 @@ ibid_err ibidi_tiles_ready(ibid_engine *e) {
     ibid_err err = l->n ? reserve(e, n_slots, n_rows, n_tiles) : IBID_OK;
     for (size_t i = 0; !err && i < l->n; i++) {
         ibidi_context *c = &l->contexts[i];
-        size_t n = list_slots(c->step->seq, c, live_end(e, c), l->slots + c->slot0,
-                              l->sees + c->sees0);
+        size_t n =
+            list_slots(c->step->seq, c, live_end(e, c), l->slots + c->slot0, l->sees + c->sees0);
         c->n_tiles = tiles_of(n);
     }
     return err;
@@ -135,8 +136,7 @@ void ibidi_tiles_layer(ibid_engine *e) {
 }
 
 static uint8_t *tile_at(const ibid_engine *e, const ibidi_context *c, size_t head, size_t i) {
-    return e->laid.tiles +
-           (c->tile0 + head * c->n_tiles + i) * e->k->kv_tile_bytes(e->m->head_dim);
+    return e->laid.tiles + (c->tile0 + head * c->n_tiles + i) * e->k->kv_tile_bytes(e->m->head_dim);
 }
 
 const uint8_t *ibidi_tiles_of(const ibid_engine *e, const ibidi_context *c, size_t head) {

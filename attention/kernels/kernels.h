@@ -115,7 +115,9 @@ typedef struct ibid_kernels {
     /* Optional: the same as approximate as attn_i8 is, whose lse it wants. */
     void (*attn_mass_i8)(const ibid_attn_args *a, const float *lse, float *mass);
     /* Packs n values (a multiple of 32 for q8_0) into a KV plane; scale NULL unless q8_0. q8_0:
-     * d = max|x| / 127 rounded to f16, q = round(x / d) with that d. */
+     * d = max|x| / 127 rounded to f16, q = round(x / d) with that d; of every 64 values where n is
+     * a multiple of that, their two scales being equal, else of every 32. A tile's scales are of
+     * 64 too, so that what is laid into one unturned is not rounded twice. */
     void (*kv_pack)(ibid_kv_type type, const float *src, size_t n, void *dst, uint16_t *scale);
     void (*kv_unpack)(ibid_kv_type type, const void *src, const uint16_t *scale, size_t n,
                       float *dst);

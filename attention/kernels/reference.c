@@ -186,13 +186,13 @@ static void ref_attn_mass(const ibid_attn_args *a, const float *lse, float *mass
     }
 }
 
-static void pack_q8_0(const float *src, int8_t *dst, uint16_t *scale) {
+static void pack_q8_0(const float *src, size_t n, int8_t *dst, uint16_t *scale) {
     float max = 0;
-    for (size_t i = 0; i < IBIDI_BLOCK; i++) max = fmaxf(max, fabsf(src[i]));
-    *scale = ibid_f32_to_f16(max / 127);
+    for (size_t i = 0; i < n; i++) max = fmaxf(max, fabsf(src[i]));
+    for (size_t i = 0; i < n / IBIDI_BLOCK; i++) scale[i] = ibid_f32_to_f16(max / 127);
     float d = ibid_f16_to_f32(*scale);
     float inverse = d > 0 ? 1 / d : 0;
-    for (size_t i = 0; i < IBIDI_BLOCK; i++) {
+    for (size_t i = 0; i < n; i++) {
         /* d was rounded, perhaps down: the largest may come out a little above 127. */
         float q = rintf(src[i] * inverse);
         dst[i] = (int8_t)fminf(fmaxf(q, -127), 127);
@@ -208,8 +208,8 @@ static void ref_kv_pack(ibid_kv_type type, const float *src, size_t n, void *dst
         for (size_t i = 0; i < n; i++) ((uint16_t *)dst)[i] = ibid_f32_to_f16(src[i]);
         break;
     case IBID_KV_Q8_0:
-        for (size_t i = 0; i < n; i += IBIDI_BLOCK) {
-            pack_q8_0(src + i, (int8_t *)dst + i, scale + i / IBIDI_BLOCK);
+        for (size_t i = 0, each = ibidi_kv_group(n); i < n; i += each) {
+            pack_q8_0(src + i, each, (int8_t *)dst + i, scale + i / IBIDI_BLOCK);
         }
         break;
     }

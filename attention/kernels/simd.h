@@ -30,5 +30,5 @@
     .rmsnorm = simd_rmsnorm, .rope = simd_rope, .hadamard = simd_hadamard, .swiglu = simd_swiglu,  \
     .add = simd_add, .attn = simd_attn, SIMD_ATTN_I8.attn_mass = simd_attn_mass,                   \
     .kv_pack = simd_kv_pack, .kv_unpack = simd_kv_unpack, .maxsim_i8 = simd_maxsim_i8,             \
-    .maxsim_panels = simd_maxsim_panels,                                                           \
-    .q8_bytes = simd_q8_bytes, .q8_pack = simd_q8_pack, .matmul_q8 = simd_matmul_q8
+    .maxsim_panels = simd_maxsim_panels, .q8_bytes = simd_q8_bytes, .q8_pack = simd_q8_pack,       \
+    .matmul_q8 = simd_matmul_q8

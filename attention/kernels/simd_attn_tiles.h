@@ -1,8 +1,8 @@
 /* Template: attention of many rows over KV in tiles (kernels.h, kv_tile_pack), online softmax by
- * tiles of IBID_KV_TILE keys. Approximate as attn_i8 is (simd_attn_q8.h says how weights are rounded
- * and what is left out); what differs is that nothing is turned here, that a key, a value and a
- * query have one scale per 64 dimensions, and that a tile is twice as long: what is done once per
- * row, tile and group costs a quarter.
+ * tiles of IBID_KV_TILE keys. Approximate as attn_i8 is (simd_attn_q8.h says how weights are
+ * rounded and what is left out); what differs is that nothing is turned here, that a key, a value
+ * and a query have one scale per 64 dimensions, and that a tile is twice as long: what is done once
+ * per row, tile and group costs a quarter.
  *
  * A row that sees a whole tile takes its values' scales relative to the tile's largest; one that
  * sees part of it, relative to the largest it sees. So a row's result depends on that row and on
@@ -131,17 +131,16 @@ typedef struct tl_pass {
 /* AT_ROWS rows from one on; those past the last repeat it and count for nothing. */
 typedef struct tl_group {
     size_t first, n, row[AT_ROWS];
-    size_t used;            /* leading keys of the tile that any of them sees */
-    bool whole;             /* all of them see all of the tile */
-    size_t sees[AT_ROWS];   /* keys of the tile */
-    uint32_t live;          /* a bit for each row that the tile changes */
-    float by[AT_ROWS];      /* what scores are still to be multiplied by */
+    size_t used;          /* leading keys of the tile that any of them sees */
+    bool whole;           /* all of them see all of the tile */
+    size_t sees[AT_ROWS]; /* keys of the tile */
+    uint32_t live;        /* a bit for each row that the tile changes */
+    uint32_t both;        /* and for those whose weights need two planes */
+    float by[AT_ROWS];    /* what scores are still to be multiplied by */
     const float *part[AT_ROWS];
     float v_max[AT_ROWS][TL_GROUPS];
     _Alignas(64) float own[AT_ROWS][TL_GROUPS * TL_KEYS]; /* parts of rows that see part of it */
     _Alignas(64) float s[AT_ROWS][TL_KEYS];               /* scores */
-    /* [AT_ROWS, groups, TL_KEYS] weights, as vi_pack_half leaves them. */
-    _Alignas(64) uint16_t w[AT_ROWS * TL_GROUPS * TL_KEYS];
     _Alignas(64) float wide[AQ_FOURS][VL]; /* what is to be summed up over a row's lanes */
     _Alignas(64) float top[VL], keep[VL], weight[VL], tile_sum[VL];
 } tl_group;
@@ -150,7 +149,7 @@ typedef struct tl_group {
 
 /* Of all rows for AT_VECS vectors of keys from `key` on; best: the rows' largest so far. */
 INLINE void tl_scores(const size_t GROUPS, const tl_rows *x, const tl_tile *t, tl_group *g,
-                      size_t key, vf best[AT_ROWS]) {
+                      size_t key) {
     const uint8_t *q[AT_ROWS];
     for (int i = 0; i < AT_ROWS; i++) q[i] = x->q + g->row[i] * x->dim;
     for (size_t group = 0; group < GROUPS; group++) {
@@ -184,7 +183,6 @@ INLINE void tl_scores(const size_t GROUPS, const tl_rows *x, const tl_tile *t, t
                 float *to = g->s[i] + key + v * VL;
                 if (GROUPS > 1) s = group ? v_fma(s, qs, v_load(to)) : v_mul(s, qs);
                 v_store(to, s);
-                if (group + 1 == GROUPS) best[i] = v_max(best[i], s);
             }
         }
     }
@@ -192,24 +190,20 @@ INLINE void tl_scores(const size_t GROUPS, const tl_rows *x, const tl_tile *t, t
 
 /* Scores of the tile, in units of log 2 once multiplied by g->by, and each row's largest. */
 INLINE void tl_score(const size_t GROUPS, const tl_rows *x, const tl_tile *t, tl_group *g) {
-    vf best[AT_ROWS];
+    for (size_t key = 0; key < g->used; key += AT_VECS * VL) tl_scores(GROUPS, x, t, g, key);
     for (int i = 0; i < AT_ROWS; i++) {
-        best[i] = v_set1(-INFINITY);
         g->by[i] = GROUPS > 1 ? 1 : x->scale[g->row[i]];
-    }
-    for (size_t key = 0; key < g->used; key += AT_VECS * VL) tl_scores(GROUPS, x, t, g, key, best);
-    for (int i = 0; i < AT_ROWS; i++) {
-        if (!g->whole) { /* again, without what the row does not see */
-            best[i] = v_set1(-INFINITY);
-            for (size_t j = 0; j < TL_VECS; j++) {
+        vf best[2] = {v_set1(-INFINITY), v_set1(-INFINITY)};
+        for (size_t j = 0; j < TL_VECS; j++) {
+            vf s = v_load(g->s[i] + j * VL);
+            if (!g->whole) { /* without what the row does not see */
                 size_t n = g->sees[i] > j * VL ? g->sees[i] - j * VL : 0;
-                uint32_t bits = n < VL ? (1u << n) - 1 : ~UINT32_C(0);
-                vf s = v_pick(bits, v_load(g->s[i] + j * VL), v_set1(-INFINITY));
+                s = v_pick(n < VL ? (1u << n) - 1 : ~UINT32_C(0), s, v_set1(-INFINITY));
                 v_store(g->s[i] + j * VL, s);
-                best[i] = v_max(best[i], s);
             }
+            best[j & 1] = v_max(best[j & 1], s);
         }
-        v_store(g->wide[i], best[i]);
+        v_store(g->wide[i], v_max(best[0], best[1]));
     }
 }
 
@@ -235,71 +229,66 @@ INLINE void tl_tops(const tl_rows *x, tl_group *g) {
     v_store(g->keep, v_where_greater(top, old, drop, v_set1(1)));
     v_store(g->weight, weight);
     v_store(g->top, top);
+    /* By what was seen before the tile: so that nothing waits for the tile's sum. */
+    vf seen = v_mul(v_load(x->sum + g->first), v_load(g->keep));
+    g->both = v_greater(v_mul(weight, v_set1(AQ_SPREAD)), seen);
 }
 
-/* A row's scores to weights of 16 bits; their sum, yet over lanes, to g->wide. */
-INLINE void tl_weigh_row(const size_t GROUPS, tl_group *g, size_t i) {
+/* A row's scores to weights in one plane of bytes or in two; their sum, yet over lanes, to
+ * g->wide. */
+INLINE void tl_weigh_row(const size_t GROUPS, const bool TWO, tl_group *g, size_t i, uint8_t *high,
+                         uint8_t *low) {
     vf sum = v_zero(), top = v_set1(-g->top[i]), by = v_set1(g->by[i]);
-    for (size_t j = 0; j < TL_VECS; j += 2) {
-        vf a = v_exp2_low(v_fma(v_load(g->s[i] + j * VL), by, top));
-        vf b = v_exp2_low(v_fma(v_load(g->s[i] + (j + 1) * VL), by, top));
-        sum = v_add(sum, v_add(a, b));
+    for (size_t j = 0; j < TL_VECS; j += 4) {
+        vf e[4];
+        for (size_t k = 0; k < 4; k++)
+            e[k] = v_exp2_low(v_fma(v_load(g->s[i] + (j + k) * VL), by, top));
+        sum = v_add(sum, v_add(v_add(e[0], e[1]), v_add(e[2], e[3])));
         for (size_t group = 0; group < GROUPS; group++) {
-            const float *part = g->part[i] + group * TL_KEYS + j * VL;
-            vi m = vi_round(v_mul(a, v_load(part))), n = vi_round(v_mul(b, v_load(part + VL)));
-            vi_store(g->w + (i * GROUPS + group) * TL_KEYS + j * VL, vi_pack_half(m, n));
+            size_t at = group * TL_KEYS + j * VL;
+            vi n[4];
+            for (size_t k = 0; k < 4; k++)
+                n[k] = vi_round(v_mul(e[k], v_load(g->part[i] + at + k * VL)));
+            vi a = vi_pack_half(n[0], n[1]), b = vi_pack_half(n[2], n[3]);
+            if (TWO)
+                vi_split_planes(a, b, 0, high + at, low + at);
+            else
+                vi_store(high + at, vi_high_bytes(a, b));
         }
     }
     v_store(g->wide[i], sum);
 }
 
-/* Weights of 16 bits to bytes: the nearest, at most 255 ... */
-INLINE void tl_plane(const size_t GROUPS, const uint16_t *w, uint8_t *nearest) {
-    for (size_t b = 0; b < GROUPS * TL_KEYS; b += 4 * VL)
-        vi_store(nearest + b, vi_high_bytes(vi_load(w + b), vi_load(w + b + 2 * VL)));
-}
-
-/* ... or two planes of them. */
-INLINE void tl_planes(const size_t GROUPS, const uint16_t *w, uint8_t *high, uint8_t *low) {
-    for (size_t b = 0; b < GROUPS * TL_KEYS; b += 4 * VL)
-        vi_split_planes(vi_load(w + b), vi_load(w + b + 2 * VL), 0, high + b, low + b);
-}
-
-/* The tile's shares of the rows' states, and its weights to the passes. */
+/* The tile's weights to the passes, and its shares of the rows' states. */
 INLINE void tl_weigh(const size_t GROUPS, tl_rows *x, tl_group *g, tl_pass *high, tl_pass *low) {
+    const size_t each = GROUPS * TL_KEYS;
     for (uint32_t live = g->live; live; live &= live - 1) {
-        tl_weigh_row(GROUPS, g, (size_t)__builtin_ctz(live));
-    }
-    for (size_t i = 0; i < AT_ROWS; i += 4) {
-        _mm_store_ps(g->tile_sum + i, v_sum4(v_load(g->wide[i]), v_load(g->wide[i + 1]),
-                                             v_load(g->wide[i + 2]), v_load(g->wide[i + 3])));
-    }
-    vf weight = v_load(g->weight), old = v_load(x->sum + g->first);
-    vf sum = v_fma(old, v_load(g->keep), v_mul(weight, v_load(g->tile_sum)));
-    uint32_t both = v_greater(v_mul(weight, v_set1(AQ_SPREAD)), sum) & g->live;
-    vf top = v_max(v_load(x->top + g->first), v_load(g->top));
-    v_store(x->sum + g->first, v_pick(g->live, sum, old));
-    v_store(x->top + g->first, v_pick(g->live, top, v_load(x->top + g->first)));
-    v_store(x->least + g->first, v_pick(g->live, tl_least(top, sum), v_load(x->least + g->first)));
-    for (uint32_t live = g->live; live; live &= live - 1) {
-        size_t i = (size_t)__builtin_ctz(live), h = high->n, l = low->n;
-        const size_t each = GROUPS * TL_KEYS;
+        size_t i = (size_t)__builtin_ctz(live), h = high->n++, l = low->n;
         high->acc[h] = x->acc + g->row[i] * GROUPS * TL_WIDTH;
         high->keep[h] = g->keep[i];
         for (size_t group = 0; group < GROUPS; group++)
             high->scale[h][group] = g->weight[i] * g->v_max[i][group] * (256.0f / AQ_ONE);
-        high->n = h + 1;
-        if (!(both >> i & 1)) { /* nearly always */
-            tl_plane(GROUPS, g->w + i * each, high->p + h * each);
+        if (!(g->both >> i & 1)) { /* nearly always */
+            tl_weigh_row(GROUPS, false, g, i, high->p + h * each, NULL);
             continue;
         }
-        tl_planes(GROUPS, g->w + i * each, high->p + h * each, low->p + l * each);
+        tl_weigh_row(GROUPS, true, g, i, high->p + h * each, low->p + l * each);
         low->acc[l] = high->acc[h];
         low->keep[l] = 1;
         for (size_t group = 0; group < GROUPS; group++)
             low->scale[l][group] = high->scale[h][group] * (1.0f / 256);
         low->n = l + 1;
     }
+    for (size_t i = 0; i < AT_ROWS; i += 4) {
+        _mm_store_ps(g->tile_sum + i, v_sum4(v_load(g->wide[i]), v_load(g->wide[i + 1]),
+                                             v_load(g->wide[i + 2]), v_load(g->wide[i + 3])));
+    }
+    vf old_sum = v_load(x->sum + g->first), old_top = v_load(x->top + g->first);
+    vf sum = v_fma(old_sum, v_load(g->keep), v_mul(v_load(g->weight), v_load(g->tile_sum)));
+    vf top = v_max(old_top, v_load(g->top));
+    v_store(x->sum + g->first, v_pick(g->live, sum, old_sum));
+    v_store(x->top + g->first, v_pick(g->live, top, old_top));
+    v_store(x->least + g->first, v_pick(g->live, tl_least(top, sum), v_load(x->least + g->first)));
 }
 
 /* ---- Weighted values ---- */
@@ -318,7 +307,7 @@ INLINE void tl_values(const int N, const size_t QUADS, const size_t GROUPS, cons
     /* All of it unrolled: as a loop, compilers move the sums on every round. */
 #pragma GCC unroll 32
     for (size_t quad = 0; quad < QUADS; quad++) {
-        /* vi_split_planes puts the quads of four vectors of weights in this order. */
+        /* vi_high_bytes puts the quads of four vectors of weights in this order. */
         size_t at = quad / VL * VL + quad % (VL / 4) * 4 + quad % VL / (VL / 4);
         vi b[AT_VECS];
         for (int v = 0; v < AT_VECS; v++) b[v] = vi_load(values + quad * dim * 4 + v * VL * 4);
@@ -344,7 +333,8 @@ INLINE void tl_values(const int N, const size_t QUADS, const size_t GROUPS, cons
 
 /* Functions of their own: merged, compilers keep the sums of one in memory for the other's sake. */
 #define TL_VALUES(name, rows, quads)                                                               \
-    __attribute__((noinline)) static void name(const tl_pass *s, const tl_tile *t, size_t groups) { \
+    __attribute__((noinline)) static void name(const tl_pass *s, const tl_tile *t,                 \
+                                               size_t groups) {                                    \
         if (groups == 1 && AT_VECS * VL == TL_WIDTH) {                                             \
             tl_values(rows, quads, 1, s, t, 0);                                                    \
             return;                                                                                \

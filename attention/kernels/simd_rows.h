@@ -94,16 +94,16 @@ static void simd_add(float *x, const float *y, size_t n) {
     if (i < n) v_store_n(x + i, v_add(v_load_n(x + i, n - i), v_load_n(y + i, n - i)), n - i);
 }
 
-INLINE void pack_block(const float *src, int8_t *dst, uint16_t *scale) {
-    vf v[32 / VL], max = v_zero();
-    for (int j = 0; j < 32 / VL; j++) {
+INLINE void pack_block(const size_t n, const float *src, int8_t *dst, uint16_t *scale) {
+    vf v[64 / VL], max = v_zero();
+    for (size_t j = 0; j < n / VL; j++) {
         v[j] = v_load(src + j * VL);
         max = v_max(max, v_abs(v[j]));
     }
-    *scale = ibid_f32_to_f16(v_hmax(max) / 127);
+    scale[0] = scale[n / 32 - 1] = ibid_f32_to_f16(v_hmax(max) / 127);
     float d = ibid_f16_to_f32(*scale);
     vf inverse = v_set1(d > 0 ? 1 / d : 0);
-    for (int j = 0; j < 32 / VL; j++) {
+    for (size_t j = 0; j < n / VL; j++) {
         vf q = v_min(v_max(v_mul(v[j], inverse), v_set1(-127)), v_set1(127));
         v_to_i8(dst + j * VL, q);
     }
@@ -121,7 +121,9 @@ static void simd_kv_pack(ibid_kv_type type, const float *src, size_t n, void *ds
         for (; i < n; i++) ((uint16_t *)dst)[i] = ibid_f32_to_f16(src[i]);
         break;
     case IBID_KV_Q8_0:
-        for (; i < n; i += 32) pack_block(src + i, (int8_t *)dst + i, scale + i / 32);
+        if (ibidi_kv_group(n) == 64)
+            for (; i < n; i += 64) pack_block(64, src + i, (int8_t *)dst + i, scale + i / 32);
+        for (; i < n; i += 32) pack_block(32, src + i, (int8_t *)dst + i, scale + i / 32);
         break;
     }
 }

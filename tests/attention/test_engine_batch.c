@@ -103,9 +103,8 @@ static void check_same_bits(const ibid_kernels *k, bool int8) {
     result first;
     for (size_t threads = 1; threads <= 3; threads++) {
         fx_model f;
-        fx_open_with(
-            &f, &spec,
-            &(ibid_engine_opts){.kernels = k->name, .n_threads = threads, .int8 = int8});
+        fx_open_with(&f, &spec,
+                     &(ibid_engine_opts){.kernels = k->name, .n_threads = threads, .int8 = int8});
         result one = run_all(f.e, false);
         result all = run_all(f.e, true);
         same(&one, &all);
@@ -130,8 +129,8 @@ static void test_same_bits(void **state) {
     }
 }
 
-/* N rows over stored tokens, some masked, some computed again in between: in one step, whose context
- * is laid into tiles, and in steps too short for that. Logits of the last row. */
+/* N rows over stored tokens, some masked, some computed again in between: in one step, whose
+ * context is laid into tiles, and in steps too short for that. Logits of the last row. */
 static void ask(ibid_engine *e, const fx_kv *kv, const uint64_t *masked, size_t each,
                 float *logits) {
     enum { N = 150, FIRST = 1000 };
@@ -187,7 +186,7 @@ static void test_laid(void **state) {
                apart);
         assert_true(laid < 2e-3 && not_laid < 2e-3 && apart < 2e-3);
         assert_true(memcmp(got, few, vocab * sizeof *got) != 0); /* two ways were taken */
-        masked[3] = masked[4] = ~UINT64_C(0); /* what is seen matters */
+        masked[3] = masked[4] = ~UINT64_C(0);                    /* what is seen matters */
         ask(f.e, kv, masked, 150, few);
         assert_true(fx_kl(got, few, vocab) > 3 * apart);
         masked[3] = masked[4] = 0;

@@ -661,21 +661,22 @@ static void test_kv_pack(void **state) {
     }
     for (size_t i = 0; i < 32; i++) src[32 + i] = i == 5 ? -3 : 0; /* one value only */
     const size_t width[] = {4, 2, 1};
-    for (size_t b = 0; b < n_tested; b++) {
+    for (size_t b = 0; b < 2 * n_tested; b++) { /* with scales of 64 and of 32 values */
+        const ibid_kernels *k = tested[b / 2];
         for (ibid_kv_type type = IBID_KV_F32; type <= IBID_KV_Q8_0; type++) {
-            size_t n = type == IBID_KV_Q8_0 ? N : N - 3;
+            size_t n = type == IBID_KV_Q8_0 ? N - b % 2 * 32 : N - 3, group = n % 64 ? 32 : 64;
             uint8_t got[N * 4] = {0}, want[N * 4] = {0};
             uint16_t scale[N / 32] = {0}, want_scale[N / 32] = {0};
-            tested[b]->kv_pack(type, src, n, got, scale);
+            k->kv_pack(type, src, n, got, scale);
             ref->kv_pack(type, src, n, want, want_scale);
             assert_memory_equal(got, want, n * width[type]);
             assert_memory_equal(scale, want_scale, sizeof scale);
-            tested[b]->kv_unpack(type, got, scale, n, back);
+            k->kv_unpack(type, got, scale, n, back);
             ref->kv_unpack(type, got, scale, n, back_ref);
             assert_memory_equal(back, back_ref, n * 4);
             for (size_t i = 0; i < n; i++) {
                 float max = 0;
-                for (size_t j = i & ~(size_t)31; j < (i | 31) + 1 && j < n; j++) {
+                for (size_t j = i / group * group; j < (i / group + 1) * group && j < n; j++) {
                     max = fmaxf(max, fabsf(src[j]));
                 }
                 double v = fabs((double)src[i]), bound = 0;
@@ -1043,8 +1044,8 @@ static void round_groups(float *x, size_t n, size_t group) {
 }
 
 /* A tile's weights are off by half a step each: of 1/255 of its largest if they add up to 8 times
- * that or more, else of 1/65280. So outputs by tile / 510 / 8 of the largest value; sums by what exp2
- * is. Tiles that weigh next to nothing are left out, which random keys hardly make. values are
+ * that or more, else of 1/65280. So outputs by tile / 510 / 8 of the largest value; sums by what
+ * exp2 is. Tiles that weigh next to nothing are left out, which random keys hardly make. values are
  * within 2. */
 static void same_rows_i8(const rows *got, const rows *want, size_t tile, double spread,
                          const char *what) {
@@ -1242,12 +1243,8 @@ static void check_attn_tiles(const ibid_kernels *k, size_t i, size_t n, size_t t
                        .head_dim = dim,
                        .k = exact[0],
                        .v = exact[1]};
-    ibid_attn_args a = {.kv = &kv,
-                        .q = y.q,
-                        .n_rows = n,
-                        .visible = y.visible,
-                        .state = y.state,
-                        .acc = y.acc};
+    ibid_attn_args a = {
+        .kv = &kv, .q = y.q, .n_rows = n, .visible = y.visible, .state = y.state, .acc = y.acc};
     ref->attn(&a);
     same_rows_i8(&x, &y, IBID_KV_TILE, (double)big * 4 * sqrt((double)dim), k->name);
     for (size_t r = 0; r < n; r++) {
