@@ -147,7 +147,7 @@ typedef struct tl_group {
 
 /* ---- Scores ---- */
 
-/* Of all rows for AT_VECS vectors of keys from `key` on; best: the rows' largest so far. */
+/* Of all rows for AT_VECS vectors of keys from `key` on. */
 INLINE void tl_scores(const size_t GROUPS, const tl_rows *x, const tl_tile *t, tl_group *g,
                       size_t key) {
     const uint8_t *q[AT_ROWS];

@@ -2,6 +2,7 @@
 #include "attention/attention.h"
 #include "indexer/indexer.h"
 #include "rpc/base/clock.h"
+#include "rpc/base/hash.h"
 #include "rpc/bus/host.h"
 #include "rpc/front/pull.h"
 #include "rpc/front/supervisor.h"
@@ -267,13 +268,14 @@ ibid_err ibidi_eval_index_file(ibidi_eval *ev, const char *path) {
 /* Names the collection after the documents' content. */
 static ibid_err name_collection(ibidi_eval *ev, const char *kind) {
     char block[65536], hex[65];
-    uint64_t h = 0xCBF29CE484222325ULL;
+    ibid_hasher h;
     FILE *f = fopen(ev->jsonl, "rb");
     if (!f) return ibid_fail_errno(errno, "cannot read", ev->jsonl);
-    for (size_t n; (n = fread(block, 1, sizeof block, f)) > 0;)
-        for (size_t i = 0; i < n; i++) h = (h ^ (unsigned char)block[i]) * 0x100000001B3ULL;
+    ibid_hasher_init(&h);
+    for (size_t n; (n = fread(block, 1, sizeof block, f)) > 0;) ibid_hasher_raw(&h, block, n);
     (void)fclose(f);
-    (void)snprintf(hex, sizeof hex, "%016llx", (unsigned long long)h);
+    ibid_hash content = ibid_hasher_final(&h);
+    ibid_hash_hex(&content, hex);
     (void)snprintf(ev->collection, sizeof ev->collection, "eval-%s-%.8s", kind, hex);
     return IBID_OK;
 }
