@@ -17,7 +17,7 @@ typedef struct asked { /* a word of the question */
 
 typedef struct page {
     const ibid_str *texts;
-    ibidi_words t;
+    ibidi_text_words t;
     asked q[ASKED_MAX];
     size_t n_asked;
     double total, most; /* of the weights; the best sentence's evidence */
@@ -173,7 +173,7 @@ static bool is_part(const ibidi_word *w, uint64_t stem) {
     return false;
 }
 
-static bool sentence_has(const page *p, const ibidi_sentence *s, uint64_t stem) {
+static bool sentence_has(const page *p, const ibidi_text_sentence *s, uint64_t stem) {
     for (size_t i = 0; i < s->n_words; i++)
         if (is_part(&p->t.w[s->word0 + i], stem)) return true;
     return false;
@@ -188,7 +188,7 @@ static void weigh(page *p) {
         p->total += q->weight;
     }
     for (size_t i = 0; i < p->t.n; i++) {
-        ibidi_sentence *s = &p->t.s[i];
+        ibidi_text_sentence *s = &p->t.s[i];
         for (size_t k = 0; k < p->n_asked; k++)
             if (sentence_has(p, s, p->q[k].stem)) s->evidence += p->q[k].weight;
         s->evidence = p->total > 0 ? s->evidence / p->total : 0;
@@ -202,7 +202,7 @@ static void weigh(page *p) {
 
 /* ---- Features ---- */
 
-static double nearness(const page *p, const ibidi_sentence *s, size_t i, size_t j) {
+static double nearness(const page *p, const ibidi_text_sentence *s, size_t i, size_t j) {
     const ibidi_word *w = p->t.w + s->word0;
     double sum = 0;
     for (size_t k = 0; k < s->n_words; k++) {
@@ -286,8 +286,8 @@ static void of_kind(const char *text, const ibidi_word *w, size_t i, size_t j, c
     f[11] = (in->any_word & PREP) != 0;
 }
 
-static void features(const page *p, const ibidi_sentence *s, size_t i, size_t j, const inside *in,
-                     float *f) {
+static void features(const page *p, const ibidi_text_sentence *s, size_t i, size_t j,
+                     const inside *in, float *f) {
     const ibidi_word *w = p->t.w + s->word0;
     size_t words = j - i + 1;
     memset(f, 0, IBID_EXTRACT_FEATURES * sizeof *f);
@@ -320,7 +320,7 @@ static void features(const page *p, const ibidi_sentence *s, size_t i, size_t j,
 
 typedef ibid_err (*visitor)(void *arg, const ibid_span *s, const float *features);
 
-static ibid_err spans_from(const page *p, const ibidi_sentence *s, size_t i, visitor visit,
+static ibid_err spans_from(const page *p, const ibidi_text_sentence *s, size_t i, visitor visit,
                            void *arg) {
     const ibidi_word *w = p->t.w + s->word0;
     float f[IBID_EXTRACT_FEATURES];
@@ -349,12 +349,12 @@ ibid_err ibidi_extract_each(ibid_str question, const ibid_str *texts, size_t n, 
     page p = {.texts = texts};
     ibid_err e = IBID_OK;
     read_question(&p, question);
-    for (size_t i = 0; !e && i < n; i++) e = ibidi_words_read(&p.t, i, texts[i]);
+    for (size_t i = 0; !e && i < n; i++) e = ibidi_text_words_read(&p.t, i, texts[i]);
     if (!e) weigh(&p);
     for (size_t i = 0; !e && i < p.t.n; i++)
         for (size_t k = 0; !e && k < p.t.s[i].n_words; k++)
             e = spans_from(&p, &p.t.s[i], k, visit, arg);
-    ibidi_words_fini(&p.t);
+    ibidi_text_words_fini(&p.t);
     return e;
 }
 

@@ -285,10 +285,10 @@ static void look_around(const char *text, ibidi_word *w, size_t n) {
     }
 }
 
-static ibid_err add_sentence(ibidi_words *p, size_t number, const char *t, size_t start,
+static ibid_err add_sentence(ibidi_text_words *p, size_t number, const char *t, size_t start,
                              size_t end) {
     while (end > start && ibidi_is_space(t[end - 1])) end--;
-    ibidi_sentence s = {.text = number, .word0 = p->n_words, .start = start, .end = end};
+    ibidi_text_sentence s = {.text = number, .word0 = p->n_words, .start = start, .end = end};
     for (size_t at = start; at < end;) {
         if (ibidi_is_space(t[at])) {
             at++;
@@ -307,7 +307,7 @@ static ibid_err add_sentence(ibidi_words *p, size_t number, const char *t, size_
     return e;
 }
 
-ibid_err ibidi_words_read(ibidi_words *p, size_t number, ibid_str t) {
+ibid_err ibidi_text_words_read(ibidi_text_words *p, size_t number, ibid_str t) {
     ibid_err e = IBID_OK;
     for (size_t at = 0; !e && at < t.n;) {
         while (at < t.n && ibidi_is_space(t.s[at])) at++;
@@ -319,7 +319,7 @@ ibid_err ibidi_words_read(ibidi_words *p, size_t number, ibid_str t) {
     return e;
 }
 
-void ibidi_words_fini(ibidi_words *p) {
+void ibidi_text_words_fini(ibidi_text_words *p) {
     ibid_free(p->w);
     ibid_free(p->s);
     memset(p, 0, sizeof *p);

@@ -49,21 +49,21 @@ typedef struct ibidi_word {
     double hit; /* weight of the question's word it is, or 0 */
 } ibidi_word;
 
-typedef struct ibidi_sentence {
+typedef struct ibidi_text_sentence {
     size_t text, word0, n_words, start, end;
     double evidence;
-} ibidi_sentence;
+} ibidi_text_sentence;
 
-typedef struct ibidi_words { /* of all texts */
+typedef struct ibidi_text_words { /* of all texts */
     ibidi_word *w;
     size_t n_words, word_room;
-    ibidi_sentence *s;
+    ibidi_text_sentence *s;
     size_t n, room;
-} ibidi_words;
+} ibidi_text_words;
 
 /* Appends a text's sentences. Errors: NOMEM. */
-ibid_err ibidi_words_read(ibidi_words *p, size_t number, ibid_str text);
-void ibidi_words_fini(ibidi_words *p);
+ibid_err ibidi_text_words_read(ibidi_text_words *p, size_t number, ibid_str text);
+void ibidi_text_words_fini(ibidi_text_words *p);
 /* The word or mark at `at`, which is no white space. end: of its sentence. */
 ibidi_word ibidi_word_at(const char *text, size_t at, size_t end);
 
