@@ -11,6 +11,7 @@
 #include "attention/attention_internal.h"
 #include "attention/plan/citation.h"
 #include "rpc/base/clock.h"
+#include "tests/bench/ready.h"
 
 #include <ctype.h>
 #include <jansson.h>
@@ -101,30 +102,6 @@ static void thin(data *d, size_t n) {
         d->qa[i] = d->qa[i * d->n_questions / n];
     }
     d->n_questions = n;
-}
-
-typedef struct ready {
-    ibid_model *m;
-    ibid_engine *e;
-    ibid_sched sched;
-    ibid_ids prefix;
-    ibid_kv_blob kv;
-    ibid_reader r;
-} ready;
-
-static void open_model(ready *x, const char *path, const ibid_wording *w) {
-    CHECK(ibid_model_open(path, NULL, &x->m));
-    CHECK(ibid_engine_open(x->m, &(ibid_engine_opts){0}, &x->e));
-    ibid_sched_init(&x->sched);
-    CHECK(ibid_prompt_prefix(x->m, w, &x->prefix));
-    CHECK(
-        ibid_read_prefix(x->m, x->e, &x->sched, x->prefix.ids, x->prefix.n, IBID_KV_Q8_0, &x->kv));
-    x->r = (ibid_reader){.model = x->m,
-                         .engine = x->e,
-                         .sched = &x->sched,
-                         .kv_type = IBID_KV_Q8_0,
-                         .prefix = {.layers = x->kv.layers},
-                         .n_prefix = x->prefix.n};
 }
 
 /* ---- Heads ---- */
@@ -359,7 +336,7 @@ int main(int argc, char **argv) {
     const ibid_wording *w = &ibid_wording_default;
     if (!is_heads && argc > 7 && argv[7][0] != '-')
         w = &wordings[strtoul(argv[7], NULL, 10) % (sizeof wordings / sizeof *wordings)];
-    open_model(&x, argv[1], w);
+    CHECK(ready_open(&x, argv[1], &(ibid_engine_opts){0}, w));
     load(&d, x.m, argv[2]);
     if (argc > 4) thin(&d, strtoul(argv[4], NULL, 10));
     (void)printf("%zu chunks, %zu questions\n", d.n_chunks, d.n_questions);

@@ -8,8 +8,8 @@
  *       score of the text, log likelihood of the first token, of the others, of ending there
  */
 #include "attention/plan/extract_run.h"
-#include "attention/plan/prompt.h"
 #include "rpc/base/clock.h"
+#include "tests/bench/ready.h"
 
 #include <jansson.h>
 #include <stdio.h>
@@ -21,12 +21,7 @@ typedef struct bench {
     bool model;  /* or features */
     size_t most; /* spans the model is asked about; 0: as many as the product asks about */
     uint32_t n_spans;
-    ibid_model *m;
-    ibid_engine *e;
-    ibid_sched sched;
-    ibid_ids prefix;
-    ibid_kv_blob prefix_kv;
-    ibid_reader r;
+    ready x;
 } bench;
 
 static void check(ibid_err e) {
@@ -69,21 +64,6 @@ static void put_features(bench *b, uint32_t index, ibid_str question, const ibid
 
 /* ---- Likelihoods ---- */
 
-static void open_model(bench *b, const char *path) {
-    check(ibid_model_open(path, NULL, &b->m));
-    check(ibid_engine_open(b->m, &(ibid_engine_opts){.int8 = true}, &b->e));
-    ibid_sched_init(&b->sched);
-    check(ibid_prompt_prefix(b->m, &ibid_wording_default, &b->prefix));
-    check(ibid_read_prefix(b->m, b->e, &b->sched, b->prefix.ids, b->prefix.n, IBID_KV_Q8_0,
-                           &b->prefix_kv));
-    b->r = (ibid_reader){.model = b->m,
-                         .engine = b->e,
-                         .sched = &b->sched,
-                         .kv_type = IBID_KV_Q8_0,
-                         .prefix = {.layers = b->prefix_kv.layers},
-                         .n_prefix = b->prefix.n};
-}
-
 /* Title line and text as a block's tokens. */
 static int32_t *block_tokens(const bench *b, ibid_str title, ibid_str text, size_t *n_title,
                              size_t *n) {
@@ -93,8 +73,8 @@ static int32_t *block_tokens(const bench *b, ibid_str title, ibid_str text, size
     (void)snprintf(line, sizeof line, "%.*s\n", (int)title.n, title.s);
     for (char *s = line; *s; s++)
         if (*s == '_') *s = ' ';
-    check(ibid_tokenize(b->m->tokenizer, line, strlen(line), false, &head, n_title));
-    check(ibid_tokenize(b->m->tokenizer, text.s, text.n, false, &body, &n_body));
+    check(ibid_tokenize(b->x.m->tokenizer, line, strlen(line), false, &head, n_title));
+    check(ibid_tokenize(b->x.m->tokenizer, text.s, text.n, false, &body, &n_body));
     int32_t *ids = ibid_calloc(*n_title + n_body + 1, sizeof *ids);
     if (!ids) check(ibid_fail(IBID_NOMEM, "out of memory"));
     for (size_t i = 0; i < *n_title; i++) ids[i] = head[i].id;
@@ -126,7 +106,7 @@ static void try_question(bench *b, uint32_t index, ibid_str question, const ibid
     ibid_ids prompt;
     ibid_extracted x;
     uint64_t start = ibid_now_ns();
-    check(ibid_prompt_extract(b->m, question, &prompt));
+    check(ibid_prompt_extract(b->x.m, question, &prompt));
     ibid_extract_plan plan = {.blocks = p,
                               .n_title = &n_title,
                               .n_blocks = 1,
@@ -134,7 +114,7 @@ static void try_question(bench *b, uint32_t index, ibid_str question, const ibid
                               .prompt = prompt.ids,
                               .n_prompt = prompt.n,
                               .most = b->most};
-    check(ibid_extract_run(&b->r, &plan, &x));
+    check(ibid_extract_run(&b->x.r, &plan, &x));
     put_tried(b, index, &x, ibid_ms_since(start));
     ibid_extracted_fini(&x);
     ibid_free(prompt.ids);
@@ -152,8 +132,9 @@ static void paragraph(bench *b, ibid_str title, const json_t *p, uint32_t *index
     if (b->model) {
         ids = block_tokens(b, title, text, &n_title, &t.n);
         t.tokens = ids;
-        while (done < 1) check(ibid_read_some(&b->r, &t, 1, &done, true, NULL, NULL));
-        placed = (ibid_placed_block){.layers = t.kv.layers, .tokens = ids, .local0 = b->r.n_prefix};
+        while (done < 1) check(ibid_read_some(&b->x.r, &t, 1, &done, true, NULL, NULL));
+        placed =
+            (ibid_placed_block){.layers = t.kv.layers, .tokens = ids, .local0 = b->x.r.n_prefix};
     }
     json_array_foreach(json_object_get(p, "qas"), i, qa) {
         ibid_str question = text_of(qa, "question");
@@ -182,17 +163,13 @@ int main(int argc, char **argv) {
     json_t *root = json_load_file(argv[1], 0, &err);
     if (!root) check(ibid_fail(IBID_INVAL, "%s: %s", argv[1], err.text));
     if (!(b.out = fopen(argv[3], "wb"))) check(ibid_fail(IBID_IO, "cannot write %s", argv[3]));
-    if (b.model) open_model(&b, argv[4]);
+    if (b.model)
+        check(ready_open(&b.x, argv[4], &(ibid_engine_opts){.int8 = true}, &ibid_wording_default));
     json_array_foreach(json_object_get(root, "data"), i, article)
         json_array_foreach(json_object_get(article, "paragraphs"), k, p)
             paragraph(&b, text_of(article, "title"), p, &index);
     if (fclose(b.out) != 0) check(ibid_fail(IBID_IO, "cannot write %s", argv[3]));
     json_decref(root);
-    if (b.model) {
-        ibid_kv_blob_fini(&b.prefix_kv);
-        ibid_free(b.prefix.ids);
-        ibid_engine_close(b.e);
-        ibid_model_close(b.m);
-    }
+    if (b.model) ready_close(&b.x);
     return 0;
 }

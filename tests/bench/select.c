@@ -11,10 +11,9 @@
  * share, each with its own live KV. Times: the least of three runs of the steps, without measuring
  * recall; runs of all shares alternate. With THREADS 1 they are the processor's time, which a busy
  * machine changes little. */
-#include "attention/plan/encode.h"
 #include "attention/plan/gate.h"
-#include "attention/plan/prompt.h"
 #include "attention/plan/recompute.h"
+#include "tests/bench/ready.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,12 +25,7 @@ static const double shares[] = {1, 0.05, 0.1, 0.2, 0.4};
 enum { SHARES = sizeof shares / sizeof *shares };
 
 typedef struct bench {
-    ibid_model *m;
-    ibid_engine *e;
-    ibid_sched sched;
-    ibid_ids prefix;
-    ibid_kv_blob prefix_kv;
-    ibid_reader r;
+    ready x;
     int32_t *ids;
     size_t n_ids, tokens, steps, block, skip, threads;
     ibid_placed_block *blocks;
@@ -51,22 +45,6 @@ static void *need(size_t n, size_t size) {
     return p;
 }
 
-static void open_model(bench *b, const char *path) {
-    check(ibid_model_open(path, NULL, &b->m));
-    check(
-        ibid_engine_open(b->m, &(ibid_engine_opts){.int8 = true, .n_threads = b->threads}, &b->e));
-    ibid_sched_init(&b->sched);
-    check(ibid_prompt_prefix(b->m, &ibid_wording_default, &b->prefix));
-    check(ibid_read_prefix(b->m, b->e, &b->sched, b->prefix.ids, b->prefix.n, IBID_KV_Q8_0,
-                           &b->prefix_kv));
-    b->r = (ibid_reader){.model = b->m,
-                         .engine = b->e,
-                         .sched = &b->sched,
-                         .kv_type = IBID_KV_Q8_0,
-                         .prefix = {.layers = b->prefix_kv.layers},
-                         .n_prefix = b->prefix.n};
-}
-
 static void read_text(bench *b, const char *path) {
     enum { MOST = 4 << 20 };
     FILE *f = fopen(path, "rb");
@@ -75,7 +53,7 @@ static void read_text(bench *b, const char *path) {
     size_t n = fread(text, 1, MOST, f);
     ibid_token *t = NULL;
     (void)fclose(f);
-    check(ibid_tokenize(b->m->tokenizer, text, n, false, &t, &b->n_ids));
+    check(ibid_tokenize(b->x.m->tokenizer, text, n, false, &t, &b->n_ids));
     b->ids = need(b->n_ids, sizeof *b->ids);
     for (size_t i = 0; i < b->n_ids; i++) b->ids[i] = t[i].id;
     ibid_free(t);
@@ -89,17 +67,17 @@ static void store_whole(bench *b) {
     ibid_seq *s = NULL;
     ibid_kv_view *layers = NULL;
     uint32_t *at = need(b->tokens, sizeof *at);
-    for (size_t i = 0; i < b->tokens; i++) at[i] = (uint32_t)(b->prefix.n + i);
-    check(ibid_seq_open(b->e, b->tokens, &s));
-    check(ibid_seq_add_segment(s, &b->r.prefix));
+    for (size_t i = 0; i < b->tokens; i++) at[i] = (uint32_t)(b->x.prefix.n + i);
+    check(ibid_seq_open(b->x.e, b->tokens, &s));
+    check(ibid_seq_add_segment(s, &b->x.r.prefix));
     ibid_step step = {.seq = s, .tokens = b->ids + b->skip, .positions = at, .n = b->tokens};
-    check(ibid_engine_forward(b->e, &step, 1, NULL));
-    check(ibid_gate_store(b->m, s, 0, b->tokens, IBID_KV_Q8_0, &layers));
+    check(ibid_engine_forward(b->x.e, &step, 1, NULL));
+    check(ibid_gate_store(b->x.m, s, 0, b->tokens, IBID_KV_Q8_0, &layers));
     ibid_seq_close(s);
     ibid_free(at);
     b->n_blocks = 1;
     b->blocks = need(1, sizeof *b->blocks);
-    b->blocks[0] = (ibid_placed_block){.layers = layers, .local0 = b->prefix.n};
+    b->blocks[0] = (ibid_placed_block){.layers = layers, .local0 = b->x.prefix.n};
 }
 
 static void store_blocks(bench *b) {
@@ -110,16 +88,16 @@ static void store_blocks(bench *b) {
     for (size_t i = 0; i < b->n_blocks; i++)
         t[i] = (ibid_reading){.tokens = b->ids + b->skip + i * b->block, .n = b->block};
     for (size_t done = 0; done < b->n_blocks;)
-        check(ibid_read_some(&b->r, t, b->n_blocks, &done, true, NULL, NULL));
+        check(ibid_read_some(&b->x.r, t, b->n_blocks, &done, true, NULL, NULL));
     for (size_t i = 0; i < b->n_blocks; i++)
         b->blocks[i] = (ibid_placed_block){
-            .layers = t[i].kv.layers, .local0 = b->prefix.n, .offset = i * b->block};
+            .layers = t[i].kv.layers, .local0 = b->x.prefix.n, .offset = i * b->block};
 }
 
 static ibid_seq *start(const bench *b) {
     ibid_seq *s = NULL;
-    check(ibid_seq_open(b->e, b->steps, &s));
-    check(ibid_seq_add_segment(s, &b->r.prefix));
+    check(ibid_seq_open(b->x.e, b->steps, &s));
+    check(ibid_seq_add_segment(s, &b->x.r.prefix));
     for (size_t i = 0; i < b->n_blocks; i++) {
         const ibid_placed_block *p = &b->blocks[i];
         ibid_segment g = {.layers = p->layers, .local0 = p->local0, .offset = p->offset};
@@ -139,7 +117,7 @@ static double now_ms(const bench *b) {
  * left out: it makes summaries. */
 static double run(const bench *b, ibid_select *x, float *logits) {
     ibid_seq *s = start(b);
-    float *last = need(b->m->n_vocab, sizeof *last);
+    float *last = need(b->x.m->n_vocab, sizeof *last);
     double from = 0;
     for (size_t i = 0; i < b->steps; i++) {
         uint32_t at = b->next + (uint32_t)i;
@@ -148,9 +126,9 @@ static double run(const bench *b, ibid_select *x, float *logits) {
                           .positions = &at,
                           .n = 1,
                           .n_logits = 1,
-                          .logits = logits ? logits + i * b->m->n_vocab : last,
+                          .logits = logits ? logits + i * b->x.m->n_vocab : last,
                           .select = x};
-        check(ibid_engine_forward(b->e, &step, 1, NULL));
+        check(ibid_engine_forward(b->x.e, &step, 1, NULL));
         if (i == 0) from = now_ms(b);
     }
     double ms = b->steps > 1 ? (now_ms(b) - from) / (double)(b->steps - 1) : 0;
@@ -164,8 +142,8 @@ static void compare(const bench *b, const float *want, const float *got, ibid_se
     ibid_gate_tally t = {0};
     for (size_t i = 0; i < b->steps; i++) {
         size_t next = b->skip + b->tokens + i + 1;
-        check(ibid_gate_add(&t, want + i * b->m->n_vocab, got + i * b->m->n_vocab, b->m->n_vocab,
-                            next < b->n_ids ? b->ids[next] : -1));
+        check(ibid_gate_add(&t, want + i * b->x.m->n_vocab, got + i * b->x.m->n_vocab,
+                            b->x.m->n_vocab, next < b->n_ids ? b->ids[next] : -1));
     }
     ibid_gate_score q = ibid_gate_score_of(&t);
     printf("{\"case\": \"select\", \"tokens\": %zu, \"block\": %zu, \"steps\": %zu, \"share\": "
@@ -192,14 +170,15 @@ int main(int argc, char **argv) {
     b.block = argc > 5 ? strtoul(argv[5], NULL, 10) : 200;
     b.skip = argc > 6 ? strtoul(argv[6], NULL, 10) : 0;
     b.threads = argc > 7 ? strtoul(argv[7], NULL, 10) : 0;
-    open_model(&b, argv[1]);
+    check(ready_open(&b.x, argv[1], &(ibid_engine_opts){.int8 = true, .n_threads = b.threads},
+                     &ibid_wording_default));
     read_text(&b, argv[2]);
     if (b.block)
         store_blocks(&b);
     else
         store_whole(&b);
-    b.next = (uint32_t)(b.prefix.n + b.tokens);
-    size_t values = b.steps * b.m->n_vocab;
+    b.next = (uint32_t)(b.x.prefix.n + b.tokens);
+    size_t values = b.steps * b.x.m->n_vocab;
     float *want = need(values, sizeof *want), *got = need(values, sizeof *got);
     for (size_t i = 0; i < SHARES * RUNS; i++) {
         size_t k = i % SHARES;
