@@ -7,11 +7,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   # The avxvnni backend for CPUs without AVX-VNNI (avxvnni_evex.c).
   add_library(avxvnni_evex OBJECT ${CMAKE_CURRENT_LIST_DIR}/avxvnni_evex.c)
   target_link_libraries(avxvnni_evex PRIVATE ibid_kernels ibid_flags)
-  set(level -O3)
-  if(IBID_SANITIZE)
-    set(level -O1) # as in attention/kernels
-  endif()
-  target_compile_options(avxvnni_evex PRIVATE ${level} -ffp-contract=fast -mavx2 -mfma -mf16c -mavx512f
+  target_compile_options(avxvnni_evex PRIVATE ${IBID_KERNEL_LEVEL} -ffp-contract=fast -mavx2 -mfma -mf16c -mavx512f
     -mavx512vl -mavx512vnni -mprefer-vector-width=256)
   target_compile_definitions(avxvnni_evex PRIVATE IBIDI_KERNELS_X86=1)
   foreach(program test_attention_kernels bench_kernels)
