@@ -191,10 +191,14 @@ static ibid_err upkeep(ibidi_retriever *r, ibidi_collection *c, bool now, bool *
     ibid_snap *snap = NULL;
     ibid_err e = ibidi_engine_snap(r, &snap);
     if (!e) e = ibidi_engine_current(r, c, snap);
-    if (!e) pthread_rwlock_unlock(&c->lock);
+    uint64_t changed_ns = 0;
+    if (!e) {
+        changed_ns = c->changed_ns;
+        pthread_rwlock_unlock(&c->lock);
+    }
     if (snap) ibid_snap_end(snap);
     if (e) return e;
-    if (!now && ibid_ms_since(c->changed_ns) < (double)r->o.quiet_ms) {
+    if (!now && ibid_ms_since(changed_ns) < (double)r->o.quiet_ms) {
         *pending = true;
         return IBID_OK;
     }
