@@ -17,7 +17,7 @@ enum {
  * mended by any after them. */
 static const float FINE_ABOVE[IBIDI_WEIGHTS] = {
     [IBIDI_WQ] = 0,      [IBIDI_WK] = 0,    [IBIDI_WV] = 0,     [IBIDI_WO] = 0,
-    [IBIDI_GATE] = 1.2f, [IBIDI_UP] = 1.2f, [IBIDI_DOWN] = 1.2f};
+    [IBIDI_GATE] = 1.2f, [IBIDI_UP] = 1.2f, [IBIDI_DOWN] = 1.0f};
 enum { ONE_LAST_LAYER_IN = 16 }; /* and one more: all groups are fine */
 
 /* ---- Opening ---- */
