@@ -11,7 +11,7 @@
 #include "attention/attention_internal.h"
 #include "attention/plan/citation.h"
 #include "rpc/base/clock.h"
-#include "tests/bench/ready.h"
+#include "tests/support/ready.h"
 
 #include <ctype.h>
 #include <jansson.h>

@@ -9,7 +9,7 @@
  */
 #include "attention/plan/extract_run.h"
 #include "rpc/base/clock.h"
-#include "tests/bench/ready.h"
+#include "tests/support/ready.h"
 
 #include <jansson.h>
 #include <stdio.h>

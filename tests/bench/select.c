@@ -13,7 +13,7 @@
  * machine changes little. */
 #include "attention/plan/gate.h"
 #include "attention/plan/recompute.h"
-#include "tests/bench/ready.h"
+#include "tests/support/ready.h"
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,7 +1,7 @@
-/* What the benchmarks of the engine begin with: a model, an engine, and the model's prefix read and
- * stored as q8_0. */
-#ifndef IBID_BENCH_READY_H
-#define IBID_BENCH_READY_H
+/* What benchmarks and tests of plans begin with: a model, an engine, and the model's prefix read
+ * and stored as q8_0. */
+#ifndef IBID_TESTS_READY_H
+#define IBID_TESTS_READY_H
 
 #include "attention/plan/encode.h"
 #include "attention/plan/prompt.h"
@@ -18,10 +18,10 @@ typedef struct ready {
 /* Errors: as of what it calls. x: zeros before; ready_close takes it also after an error. */
 static inline ibid_err ready_open(ready *x, const char *path, const ibid_engine_opts *o,
                                   const ibid_wording *w) {
+    ibid_sched_init(&x->sched);
     ibid_err err = ibid_model_open(path, NULL, &x->m);
     if (!err) err = ibid_engine_open(x->m, o, &x->e);
     if (err) return err;
-    ibid_sched_init(&x->sched);
     if ((err = ibid_prompt_prefix(x->m, w, &x->prefix)) ||
         (err = ibid_read_prefix(x->m, x->e, &x->sched, x->prefix.ids, x->prefix.n, IBID_KV_Q8_0,
                                 &x->kv)))
@@ -40,5 +40,6 @@ static inline void ready_close(ready *x) {
     ibid_free(x->prefix.ids);
     ibid_engine_close(x->e);
     ibid_model_close(x->m);
+    ibid_sched_fini(&x->sched);
 }
 #endif
