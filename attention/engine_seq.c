@@ -189,7 +189,7 @@ void ibidi_put_keys(const ibid_kernels *k, const ibid_kv_view *v, size_t head, s
         k->kv_pack(v->type, src, v->head_dim, p.at, p.scale);
         return;
     }
-    size_t each = v->head_dim % 64 ? 32 : 64; /* as kv_pack parts a whole head */
+    size_t each = ibid_kv_group(v->head_dim);
     for (size_t d = 0; d < v->head_dim; d += each) {
         float spread[64];
         memcpy(spread, src + d, each * sizeof *spread);

@@ -34,23 +34,19 @@ static size_t tiles_of(size_t n) {
     return (n + IBID_KV_TILE - 1) / IBID_KV_TILE;
 }
 
-/* Only notes how much; p's rows follow those of the same step that were noted before. */
+/* Only notes the step; p's rows follow those of the same step that were noted before. */
 ibid_err ibidi_tiles_plan(ibid_engine *e, const ibidi_piece *p) {
     ibidi_laid *l = &e->laid;
     if (!wants_tiles(e, p)) return IBID_OK;
-    ibidi_context *c = ibidi_context_of(e, p);
-    if (!c) {
-        if (l->n == l->room) {
-            size_t room = l->room ? 2 * l->room : 8;
-            ibidi_context *more = ibid_realloc(l->contexts, room * sizeof *more);
-            if (!more) return ibid_fail(IBID_NOMEM, "no memory to lay out %zu contexts", room);
-            l->contexts = more;
-            l->room = room;
-        }
-        c = &l->contexts[l->n++];
-        *c = (ibidi_context){.step = p->step, .live0 = p->seq->base + p->row0};
+    if (ibidi_context_of(e, p)) return IBID_OK;
+    if (l->n == l->room) {
+        size_t room = l->room ? 2 * l->room : 8;
+        ibidi_context *more = ibid_realloc(l->contexts, room * sizeof *more);
+        if (!more) return ibid_fail(IBID_NOMEM, "no memory to lay out %zu contexts", room);
+        l->contexts = more;
+        l->room = room;
     }
-    c->n_tiles = tiles_of(p->seq->n_stored + p->end);
+    l->contexts[l->n++] = (ibidi_context){.step = p->step, .live0 = p->seq->base + p->row0};
     return IBID_OK;
 }
 
@@ -117,9 +113,10 @@ ibid_err ibidi_tiles_ready(ibid_engine *e) {
         c->slot0 = n_slots;
         c->sees0 = n_rows;
         c->tile0 = n_tiles;
-        n_slots += c->step->seq->n_stored + end;
+        size_t most = c->step->seq->n_stored + end; /* masked tokens have no slot */
+        n_slots += most;
         n_rows += end - c->live0;
-        n_tiles += c->n_tiles * e->m->n_kv_heads;
+        n_tiles += tiles_of(most) * e->m->n_kv_heads;
     }
     ibid_err err = l->n ? reserve(e, n_slots, n_rows, n_tiles) : IBID_OK;
     for (size_t i = 0; !err && i < l->n; i++) {

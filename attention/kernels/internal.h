@@ -46,11 +46,6 @@ static inline float ibidi_bf16_to_f32(uint16_t h) {
     return f;
 }
 
-/* Values that share a scale in q8_0 KV of rows of n (kernels.h, kv_pack). */
-static inline size_t ibidi_kv_group(size_t n) {
-    return n % 64 ? 32 : 64;
-}
-
 /* Which of the 64 tokens from t0 (a multiple of 64) a row that sees [0, visible) may use. */
 static inline uint64_t ibidi_visible_bits(const ibid_attn_args *a, size_t row, size_t t0) {
     size_t end = a->visible[row] < a->kv->n_tokens ? a->visible[row] : a->kv->n_tokens;

@@ -69,6 +69,11 @@ static inline size_t ibid_key_panels_of(size_t n_keys) {
 void ibid_key_panels_pack(const int8_t *keys, size_t n_keys, size_t dim, uint8_t *out);
 void ibid_key_panels_unpack(const uint8_t *panels, size_t i, size_t dim, int8_t *key);
 
+/* Values that share a scale where kv_pack packs n of them as q8_0. */
+static inline size_t ibid_kv_group(size_t n) {
+    return n % 64 ? 32 : 64;
+}
+
 typedef struct ibid_kernels {
     const char *name;        /* "reference", "avx2", "avxvnni", "avx512", "avx512vnni" */
     bool (*supported)(void); /* by this CPU and operating system */
@@ -115,8 +120,8 @@ typedef struct ibid_kernels {
     /* Optional: the same as approximate as attn_i8 is, whose lse it wants. */
     void (*attn_mass_i8)(const ibid_attn_args *a, const float *lse, float *mass);
     /* Packs n values (a multiple of 32 for q8_0) into a KV plane; scale NULL unless q8_0. q8_0:
-     * d = max|x| / 127 rounded to f16, q = round(x / d) with that d; of every 64 values where n is
-     * a multiple of that, their two scales being equal, else of every 32. A tile's scales are of
+     * d = max|x| / 127 rounded to f16, q = round(x / d) with that d; of every
+     * ibid_kv_group(n) values, the two scales of 64 being equal. A tile's scales are of
      * 64 too, so that what is laid into one unturned is not rounded twice. */
     void (*kv_pack)(ibid_kv_type type, const float *src, size_t n, void *dst, uint16_t *scale);
     void (*kv_unpack)(ibid_kv_type type, const void *src, const uint16_t *scale, size_t n,

@@ -208,7 +208,7 @@ static void ref_kv_pack(ibid_kv_type type, const float *src, size_t n, void *dst
         for (size_t i = 0; i < n; i++) ((uint16_t *)dst)[i] = ibid_f32_to_f16(src[i]);
         break;
     case IBID_KV_Q8_0:
-        for (size_t i = 0, each = ibidi_kv_group(n); i < n; i += each) {
+        for (size_t i = 0, each = ibid_kv_group(n); i < n; i += each) {
             pack_q8_0(src + i, each, (int8_t *)dst + i, scale + i / IBIDI_BLOCK);
         }
         break;

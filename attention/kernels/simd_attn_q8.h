@@ -636,29 +636,6 @@ static void aq_attend(aq_group *g, aq_rows *x, const aq_tile *t, aq_pass *high, 
     aq_flush(low, x, t);
 }
 
-static void aq_batch(aq_rows *x, aq_tile *t) {
-    const ibid_attn_args *a = x->a;
-    aq_group g = {.n = 0};
-    aq_pass high, low;
-    high.n = low.n = high.used = low.used = 0;
-    for (aq_keys keys = {.next = 0}; aq_next_keys(a, &keys), keys.n;) {
-        bool loaded = false;
-        for (size_t r = 0; r < x->n; r++) {
-            uint64_t bits = aq_bits(&keys, a->visible[x->row0 + r]);
-            if (!bits) continue;
-            if (!loaded) aq_load(t, a, &keys, true);
-            loaded = true;
-            g.row[g.n] = r;
-            g.bits[g.n++] = bits;
-            if (g.n == AT_ROWS) aq_attend(&g, x, t, &high, &low);
-        }
-        aq_attend(&g, x, t, &high, &low);
-        aq_flush(&high, x, t);
-        aq_flush(&low, x, t);
-        high.used = low.used = 0;
-    }
-}
-
 /* ---- Mass ---- */
 
 /* What the rows of a group give the tile's keys, lse given in units of log 2. */
@@ -687,6 +664,40 @@ static void aq_give(aq_group *g, const aq_rows *x, const aq_tile *t, const aq_ke
     g->n = 0;
 }
 
+/* ---- All tiles ---- */
+
+/* lse NULL: attention; else mass, lse in units of log 2. */
+INLINE void aq_batch(aq_rows *x, const ibid_attn_args *a, size_t row0, aq_tile *t, const float *lse,
+                     float *mass) {
+    aq_group g = {.n = 0};
+    aq_pass high, low;
+    high.n = low.n = high.used = low.used = 0;
+    for (aq_keys keys = {.next = 0}; aq_next_keys(a, &keys), keys.n;) {
+        bool loaded = false;
+        for (size_t r = 0; r < x->n; r++) {
+            uint64_t bits = aq_bits(&keys, a->visible[row0 + r]);
+            if (!bits) continue;
+            if (!loaded) aq_load(t, a, &keys, !lse);
+            loaded = true;
+            g.row[g.n] = r;
+            g.bits[g.n++] = bits;
+            if (g.n < AT_ROWS) continue;
+            if (lse)
+                aq_give(&g, x, t, &keys, lse, mass);
+            else
+                aq_attend(&g, x, t, &high, &low);
+        }
+        if (lse) {
+            aq_give(&g, x, t, &keys, lse, mass);
+            continue;
+        }
+        aq_attend(&g, x, t, &high, &low);
+        aq_flush(&high, x, t);
+        aq_flush(&low, x, t);
+        high.used = low.used = 0;
+    }
+}
+
 static void simd_attn_mass_i8(const ibid_attn_args *a, const float *lse, float *mass) {
     if (!attn_fits(a) || a->kv->type != IBID_KV_Q8_0) {
         simd_attn_mass(a, lse, mass);
@@ -694,7 +705,6 @@ static void simd_attn_mass_i8(const ibid_attn_args *a, const float *lse, float *
     }
     aq_rows x;
     aq_tile t;
-    aq_group g = {.n = 0};
     float log2_of[AQ_BATCH];
     x.dim = a->kv->head_dim;
     x.groups = x.dim / IBIDI_BLOCK;
@@ -702,19 +712,7 @@ static void simd_attn_mass_i8(const ibid_attn_args *a, const float *lse, float *
         x.n = a->n_rows - row0 < AQ_BATCH ? a->n_rows - row0 : AQ_BATCH;
         aq_pack_rows(a->q + row0 * x.dim, x.n * x.groups, IBIDI_BLOCK, x.q, x.scale);
         for (size_t r = 0; r < x.n; r++) log2_of[r] = lse[row0 + r] * 1.44269504f;
-        for (aq_keys keys = {.next = 0}; aq_next_keys(a, &keys), keys.n;) {
-            bool loaded = false;
-            for (size_t r = 0; r < x.n; r++) {
-                uint64_t bits = aq_bits(&keys, a->visible[row0 + r]);
-                if (!bits) continue;
-                if (!loaded) aq_load(&t, a, &keys, false);
-                loaded = true;
-                g.row[g.n] = r;
-                g.bits[g.n++] = bits;
-                if (g.n == AT_ROWS) aq_give(&g, &x, &t, &keys, log2_of, mass);
-            }
-            aq_give(&g, &x, &t, &keys, log2_of, mass);
-        }
+        aq_batch(&x, a, row0, &t, log2_of, mass);
     }
 }
 
@@ -739,7 +737,7 @@ static void simd_attn_i8(const ibid_attn_args *a) {
     aq_fetch_first(a);
     for (size_t r = 0; r < a->n_rows; r += AQ_BATCH) {
         aq_begin(&x, a, r, a->n_rows - r < AQ_BATCH ? a->n_rows - r : AQ_BATCH);
-        aq_batch(&x, &t);
+        aq_batch(&x, a, r, &t, NULL, NULL);
         aq_end(&x);
     }
 }

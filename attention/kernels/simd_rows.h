@@ -121,7 +121,7 @@ static void simd_kv_pack(ibid_kv_type type, const float *src, size_t n, void *ds
         for (; i < n; i++) ((uint16_t *)dst)[i] = ibid_f32_to_f16(src[i]);
         break;
     case IBID_KV_Q8_0:
-        if (ibidi_kv_group(n) == 64)
+        if (ibid_kv_group(n) == 64)
             for (; i < n; i += 64) pack_block(64, src + i, (int8_t *)dst + i, scale + i / 32);
         for (; i < n; i += 32) pack_block(32, src + i, (int8_t *)dst + i, scale + i / 32);
         break;
