@@ -290,6 +290,7 @@ static void put_backend(ibid_enc *e, const ibidi_loaded *m) {
     ibid_enc_u64(e, "gpu_blocks_missed", g.misses);
     ibid_enc_u64(e, "gpu_blocks_evicted", g.evicted);
     ibid_enc_u64(e, "gpu_graph_steps", g.graph_steps);
+    ibid_enc_u64(e, "gpu_streamed_steps", g.streamed_steps);
 }
 
 static void put_status(ibid_enc *e, ibidi_loaded *m) {

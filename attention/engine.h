@@ -62,8 +62,9 @@ bool ibid_engine_draws(const ibid_engine *e);
 typedef struct ibid_engine_gpu {
     char name[64];
     uint64_t memory, pool, pool_used; /* bytes */
-    uint64_t hits, misses, evicted;   /* blocks */
+    uint64_t hits, misses, evicted;   /* blocks; of streamed contexts, pages */
     uint64_t graph_steps;             /* decoding steps run as a recorded graph */
+    uint64_t streamed_steps;          /* passes that brought all of a context too large for the pool */
 } ibid_engine_gpu;
 bool ibid_engine_gpu_look(const ibid_engine *e, ibid_engine_gpu *out);
 /* The device is gone and with it every sequence; only ending the process brings it back. */

@@ -207,7 +207,9 @@ ibid_err ibidi_gpu_open(const ibid_model *m, const ibid_engine_opts *o, ibid_poo
     g->no_graphs = o && o->gpu_no_graphs;
     if (!(err = ibid_device_open(0, &g->d)) && !(err = ibid_device_stream_open(g->d, &g->work)) &&
         !(err = ibid_device_stream_open(g->d, &g->copy)) &&
-        !(err = ibid_device_event_open(g->d, &g->copied)) && !(err = open_drawn(g)) &&
+        !(err = ibid_device_event_open(g->d, &g->copied)) &&
+        !(err = ibid_device_event_open(g->d, &g->passed[0])) &&
+        !(err = ibid_device_event_open(g->d, &g->passed[1])) && !(err = open_drawn(g)) &&
         !(err = upload_weights(g, pool)) && !(err = open_pool(g, o ? o->gpu_memory : 0))) {
         *out = g;
         g = NULL;
@@ -245,15 +247,16 @@ void ibidi_gpu_look(const struct ibidi_gpu *g, ibid_engine_gpu *out) {
     out->misses = g->noted.misses;
     out->evicted = g->noted.evicted;
     out->graph_steps = g->noted.graph_steps;
+    out->streamed_steps = g->noted.streamed_steps;
 }
 
 void ibidi_gpu_close(struct ibidi_gpu *g) {
     if (!g) return;
     if (g->d) {
-        ibidi_gpu_room *rooms[] = {&g->chosen,  &g->weights, &g->x,   &g->y,        &g->h,
-                                   &g->h_scale, &g->y_scale, &g->q,   &g->tables,   &g->turned,
-                                   &g->acc,     &g->state,   &g->lse, &g->unpacked, &g->logits,
-                                   &g->mass,    &g->drawn};
+        ibidi_gpu_room *rooms[] = {&g->chosen,  &g->weights, &g->x,      &g->y,        &g->h,
+                                   &g->h_scale, &g->y_scale, &g->q,      &g->tables,   &g->turned,
+                                   &g->acc,     &g->state,   &g->lse,    &g->unpacked, &g->logits,
+                                   &g->mass,    &g->drawn,   &g->landing};
         if (g->work) (void)ibid_device_sync(g->d, g->work);
         if (g->copy) (void)ibid_device_sync(g->d, g->copy);
         for (size_t i = 0; i < sizeof rooms / sizeof *rooms; i++)
@@ -261,12 +264,14 @@ void ibidi_gpu_close(struct ibidi_gpu *g) {
         ibidi_gpu_graphs_close(g);
         ibid_device_host_free(g->d, g->host_tables);
         ibid_device_host_free(g->d, g->host_drawn);
+        ibid_device_host_free(g->d, g->host_chosen);
         for (size_t i = 0; i < IBIDI_GPU_STAGES; i++) {
             ibid_device_host_free(g->d, g->stages[i].p);
             ibid_device_event_close(g->d, g->stages[i].done);
         }
         ibidi_pages_close(g->pages);
         ibid_device_event_close(g->d, g->copied);
+        for (size_t i = 0; i < 2; i++) ibid_device_event_close(g->d, g->passed[i]);
         ibid_device_stream_close(g->d, g->copy);
         ibid_device_stream_close(g->d, g->work);
     }

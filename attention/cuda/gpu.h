@@ -7,6 +7,11 @@
  * gpu_seq.c      a sequence's pages: blocks pinned, live cells, tables; reading pages back
  * gpu_load.c     stored KV to the pool, layer by layer, through pinned staging
  * gpu_select.c   rows that read a share of their context
+ *
+ * A context that the pool does not hold is streamed: a pass that reads all of it has room for two
+ * layers, which take turns, and one that selects has the pages it chose brought, and keeps them as
+ * the pool keeps blocks.
+ *
  * gpu_forward.c  a pass
  * gpu_graph.c    decoding passes, recorded and run again */
 #ifndef IBID_ATTENTION_CUDA_GPU_H
@@ -60,7 +65,8 @@ typedef struct ibidi_gpu_graph {
 struct ibidi_gpu {
     ibid_device *d;
     ibidi_cu_stream work, copy;
-    ibid_device_event *copied; /* the last layer's KV is in the pool */
+    ibid_device_event *copied;    /* the last layer's KV is in the pool */
+    ibid_device_event *passed[2]; /* a streamed layer of that parity was computed */
     const ibid_model *m;
     const ibid_kernels *k; /* the CPU's: packing KV of another type */
     ibidi_cu_shape shape;
@@ -78,11 +84,12 @@ struct ibidi_gpu {
         bool open; /* done was recorded and not waited for */
     } stages[IBIDI_GPU_STAGES];
     size_t stage_bytes, stage, staged;
+    ibidi_gpu_room landing; /* as long as a stage */
 
     char name[64];
     size_t memory, pool_bytes;
     struct {
-        _Atomic uint64_t used, hits, misses, evicted, graph_steps;
+        _Atomic uint64_t used, hits, misses, evicted, graph_steps, streamed_steps;
     } noted; /* for whoever looks from another thread */
 
     /* Of a pass. */
@@ -94,16 +101,24 @@ struct ibidi_gpu {
     bool no_graphs;
     uint8_t *host_tables; /* pinned: rows, sequences, cos, sin, tiles, items, as in `tables` */
     size_t host_bytes;
+    uint8_t *host_chosen; /* pinned: what streamed sequences chose, and where it came to lie */
+    size_t host_chosen_bytes;
+    uint64_t serial; /* of sequences */
     ibidi_cu_plan plan;
 };
 
 /* What a sequence has on the device. */
 struct ibidi_gpu_seq {
-    ibidi_block **blocks; /* [n_segs] pinned */
+    ibidi_block **blocks; /* [n_segs] pinned; none of a streamed sequence */
     size_t n_blocks;
+    bool streamed;
+    ibidi_block
+        *window; /* of a streamed sequence, while a pass reads all: its pages at two layers */
+    uint64_t serial;
     uint32_t *live; /* [n_live pages, n_layers] cells */
     size_t n_live, live_room;
     ibidi_cu_page *pages; /* on the host */
+    uint32_t *owner;      /* [n_stored_pages] the segment a page is of */
     size_t n_pages, page_room, n_stored_pages;
     ibidi_gpu_room table; /* pages, cells, turns */
     uint8_t *uploaded;    /* what the table holds */
@@ -111,7 +126,7 @@ struct ibidi_gpu_seq {
     ibidi_cu_seq view; /* into the table */
     size_t n_turns;
     ibidi_gpu_room summaries; /* [n_layers, n_kv_heads, summary_room, width] f16 */
-    size_t summary_room, summary_blocks;
+    size_t summary_room, summary_segs;
     size_t *summed;  /* [n_layers] pages whose summaries are there */
     uint8_t *mirror; /* pages of a layer read back */
     size_t mirror_bytes, mirror_page0, mirror_layer;
@@ -128,9 +143,18 @@ void ibidi_gpu_look(const struct ibidi_gpu *g, ibid_engine_gpu *out);
 void ibidi_gpu_note(struct ibidi_gpu *g);
 ibid_err ibidi_gpu_reserve(struct ibidi_gpu *g, ibidi_gpu_room *r, size_t bytes);
 
-/* Pins a sequence's blocks, gives it cells for live rows [0, n_live), and brings its table up to
- * date (masks may have changed). */
+static inline size_t ibidi_gpu_pages_of(size_t tokens) {
+    return (tokens + IBIDI_CU_PAGE - 1) / IBIDI_CU_PAGE;
+}
+
+/* Pins a sequence's blocks, or has it streamed if they do not fit, and gives it cells for live rows
+ * [0, n_live). */
 ibid_err ibidi_gpu_seq_ready(struct ibidi_gpu *g, ibid_seq *s, size_t n_live);
+/* Brings its table up to date (masks may have changed); all: with a window, if it is streamed, for
+ * a pass that reads everything. */
+ibid_err ibidi_gpu_seq_place(struct ibidi_gpu *g, ibid_seq *s, bool all);
+/* After the pass, whether it failed or not: the window goes back to the pool. */
+void ibidi_gpu_seq_leave(struct ibidi_gpu *g, ibid_seq *s);
 void ibidi_gpu_seq_close(struct ibidi_gpu *g, struct ibidi_gpu_seq *q);
 /* Live pages of a layer that hold rows [row0, row0 + n), for ibidi_gpu_page. */
 ibid_err ibidi_gpu_seq_read(const ibid_seq *s, size_t layer, size_t row0, size_t n);
@@ -141,18 +165,31 @@ const uint8_t *ibidi_gpu_page(const ibid_seq *s, size_t page, size_t layer, size
 ibid_err ibidi_gpu_load(struct ibidi_gpu *g, const ibid_step *step, size_t layer);
 ibid_err ibidi_gpu_loaded(struct ibidi_gpu *g);
 
-/* ---- gpu_select.c ---- */
 /* What a part of one row that selects needs in a pass. */
 typedef struct ibidi_gpu_choice {
     ibid_select *select; /* NULL: it reads everything */
     ibid_seq *seq;
     ibidi_cu_choosing c; /* without layer and summaries, which each layer has its own of */
     float *mass;         /* [n_chosen, 64] of a kv head */
+    float *recall;       /* [1] summed over layers and heads; read only if that is measured */
     uint64_t seen, last_tokens;
+    /* What it chose is brought, of a streamed sequence without a window: */
+    bool fetches;
+    uint32_t *which, *cells; /* [n_kv_heads, n_chosen] pinned host memory */
+    ibidi_block **held;      /* pages of the layer, pinned */
+    size_t n_held;
 } ibidi_gpu_choice;
+/* Waits for what was chosen at a layer, brings the pages that are missing in the pool, and tells
+ * the device where they lie. */
+ibid_err ibidi_gpu_fetch(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_t layer);
+/* Unpins what a choice holds; nothing may be under way that reads it. */
+void ibidi_gpu_unhold(struct ibidi_gpu *g, ibidi_gpu_choice *c);
+
+/* ---- gpu_select.c ---- */
 /* Whether a step selects, whose sequence is ready, and among what. */
 ibid_err ibidi_gpu_choice_plan(struct ibidi_gpu *g, const ibid_step *step, ibidi_gpu_choice *c);
-/* Gives n choices their scratch and seqs [n, n_kv_heads] what they will have chosen. */
+/* Gives n choices, whose sequences are placed, their scratch and seqs [n, n_kv_heads] what they
+ * will have chosen. What they hold is dropped by ibidi_gpu_choices_drop. */
 ibid_err ibidi_gpu_choices_place(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_t n,
                                  ibidi_cu_seq *seqs);
 /* Puts the choosing at a layer on the stream. q [n_heads, head_dim] of the row. */
@@ -163,6 +200,7 @@ ibid_err ibidi_gpu_choice_mass(struct ibidi_gpu *g, const ibidi_gpu_choice *c,
                                const ibidi_cu_attend *a, const ibidi_cu_row *row,
                                const uint64_t *d_heads, uint32_t row_lo, uint32_t row_hi,
                                float *mass);
+void ibidi_gpu_choices_drop(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_t n);
 /* After the pass: adds to the steps' counts. */
 ibid_err ibidi_gpu_choices_count(struct ibidi_gpu *g, const ibidi_gpu_choice *c, size_t n,
                                  size_t n_layers);

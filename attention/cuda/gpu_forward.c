@@ -23,6 +23,10 @@ typedef struct pass {
     ibidi_cu_piece *pieces;
     ibidi_gpu_choice *choices; /* of the parts */
     bool selects;              /* at least one of them */
+    bool streams;              /* at least one part reads a window */
+    /* Rows that select and measure what they miss: their copies, which read everything, follow the
+     * others in tables, queries and log-sum-exps, and nowhere else. */
+    size_t n_copies;
     size_t n_parts, n_rows, n_layers;
     ibidi_cu_row *rows; /* in host_tables, as the next */
     ibidi_cu_seq *seqs;
@@ -56,7 +60,7 @@ static size_t largest(size_t a, size_t b) {
 
 static ibid_err reserve(struct ibidi_gpu *g, const pass *p) {
     const ibid_model *m = g->m;
-    size_t n = ibid_align_up(p->n_rows, 8), qkv = g->q_dim + 2 * g->kv_dim;
+    size_t all = p->n_rows + p->n_copies, n = ibid_align_up(all, 8), qkv = g->q_dim + 2 * g->kv_dim;
     size_t wide = largest(largest(m->n_embd, m->n_ff), g->q_dim), f = sizeof(float);
     size_t out = n < IBIDI_GPU_LOGITS ? n : IBIDI_GPU_LOGITS;
     ibid_err err;
@@ -93,13 +97,14 @@ static ibid_err make_tables(pass *p) {
     layout l = {0};
     size_t half = g->shape.n_rot / 2, n_tiles = 0, n_items = 0, seqs, cos, sin, tiles, items, heads;
     /* Tiles: as plan.c counts them, at most; items: each tile's, at most. */
-    for (size_t i = 0; i < p->n_parts; i++) {
-        size_t t = (p->parts[i].n * g->shape.group + 7) / 8 * g->shape.n_kv_heads;
+    for (size_t i = 0; i < p->n_parts + p->n_copies; i++) {
+        size_t n = i < p->n_parts ? p->parts[i].n : 1;
+        size_t t = (n * g->shape.group + 7) / 8 * g->shape.n_kv_heads;
         n_tiles += t;
         n_items += IBIDI_CU_BLOCKS + 3 * t;
     }
     n_items += ITEM_STEP;
-    size_t rows = take(&l, p->n_rows, sizeof *p->rows);
+    size_t rows = take(&l, p->n_rows + p->n_copies, sizeof *p->rows);
     seqs = take(&l, p->n_parts * (1 + g->m->n_kv_heads), sizeof *p->seqs); /* and choices' */
     cos = take(&l, p->n_rows * half, sizeof(float));
     sin = take(&l, p->n_rows * half, sizeof(float));
@@ -161,6 +166,34 @@ static void want_row(pass *p, const ibid_step *s, size_t at) {
     p->draws |= s->draw != NULL;
 }
 
+static bool is_measured(const ibidi_gpu_choice *c) {
+    return c->select && c->select->measure;
+}
+
+static ibidi_cu_piece piece_of(const pass *p, size_t i, size_t at, size_t n) {
+    const struct ibidi_gpu_seq *q = p->parts[i].step->seq->gpu;
+    const ibidi_cu_row *last = &p->rows[at + n - 1];
+    return (ibidi_cu_piece){.seq = (uint32_t)i,
+                            .row0 = (uint32_t)at,
+                            .n = (uint32_t)n,
+                            .pages = q->pages,
+                            .first_live = (uint32_t)q->n_stored_pages,
+                            .n_turned = (uint32_t)q->n_turns + 1,
+                            .last_position = last->position,
+                            .last_live = last->live};
+}
+
+/* Rows that measure what they miss, once more. */
+static void fill_copies(pass *p) {
+    size_t k = 0;
+    for (size_t i = 0; i < p->n_parts; i++) {
+        if (!is_measured(&p->choices[i])) continue;
+        p->rows[p->n_rows + k] = p->rows[p->parts[i].at];
+        p->pieces[p->n_parts + k] = piece_of(p, i, p->n_rows + k, 1);
+        k++;
+    }
+}
+
 static void fill_tables(pass *p) {
     struct ibidi_gpu *g = p->g;
     size_t half = g->shape.n_rot / 2, per = g->m->n_layers * p->words;
@@ -182,14 +215,7 @@ static void fill_tables(pass *p) {
                              p->sin + at * half);
             if (row >= s->n - s->n_logits) want_row(p, s, at);
         }
-        p->pieces[i] = (ibidi_cu_piece){.seq = (uint32_t)i,
-                                        .row0 = (uint32_t)t->at,
-                                        .n = (uint32_t)t->n,
-                                        .pages = q->pages,
-                                        .first_live = (uint32_t)q->n_stored_pages,
-                                        .n_turned = (uint32_t)q->n_turns + 1};
-        p->pieces[i].last_position = p->rows[t->at + t->n - 1].position;
-        p->pieces[i].last_live = p->rows[t->at + t->n - 1].live;
+        p->pieces[i] = piece_of(p, i, t->at, t->n);
         p->pieces[i].n_chosen = p->choices[i].c.n_chosen;
         p->pieces[i].chosen_seq = (uint32_t)(p->n_parts + i * g->m->n_kv_heads);
         t->mass_at = p->n_mass_pages;
@@ -197,6 +223,7 @@ static void fill_tables(pass *p) {
         p->n_mass_pages += q->n_stored_pages;
         set_heads(g, s->probe, p->words, p->heads + i * per);
     }
+    fill_copies(p);
 }
 
 static ibid_err upload_tables(pass *p) {
@@ -278,15 +305,41 @@ static ibid_err probe(const pass *p, size_t layer) {
     return err;
 }
 
+static ibid_err choose(const pass *p, size_t layer) {
+    struct ibidi_gpu *g = p->g;
+    float *q = g->q.p;
+    size_t copy = p->n_rows;
+    ibid_err err = IBID_OK;
+    for (size_t i = 0; !err && i < p->n_parts; i++) {
+        const float *mine = q + p->parts[i].at * g->q_dim;
+        if (!p->choices[i].select) continue;
+        err = ibidi_gpu_choose(g, &p->choices[i], layer, mine);
+        if (!err && is_measured(&p->choices[i]))
+            err =
+                ibid_device_copy(g->d, g->work, q + copy++ * g->q_dim, mine, g->q_dim * sizeof *q);
+    }
+    for (size_t i = 0; !err && i < p->n_parts; i++)
+        if (p->choices[i].fetches) err = ibidi_gpu_fetch(g, &p->choices[i], layer);
+    return err;
+}
+
+static ibid_err measure(const pass *p) {
+    struct ibidi_gpu *g = p->g;
+    const float *lse = g->lse.p;
+    size_t copy = p->n_rows, heads = g->m->n_heads;
+    ibid_err err = IBID_OK;
+    for (size_t i = 0; !err && i < p->n_parts; i++)
+        if (is_measured(&p->choices[i]))
+            err = ibidi_cu_recall(g->work, lse + p->parts[i].at * heads, lse + copy++ * heads,
+                                  heads, p->choices[i].recall);
+    return err;
+}
+
 static ibid_err attend(const pass *p, size_t layer) {
     struct ibidi_gpu *g = p->g;
     const ibidi_cu_plan *plan = &g->plan;
     ibidi_cu_attend a = attend_args(p, layer);
-    ibid_err err = IBID_OK;
-    for (size_t i = 0; p->selects && !err && i < p->n_parts; i++)
-        if (p->choices[i].select)
-            err = ibidi_gpu_choose(g, &p->choices[i], layer,
-                                   (const float *)g->q.p + p->parts[i].at * g->q_dim);
+    ibid_err err = p->selects ? choose(p, layer) : IBID_OK;
     for (int fine = 1; !err && fine >= 0; fine--) {
         size_t tile = fine ? 0 : plan->n_tiles[1];
         a.items = p->d_items + (fine ? 0 : plan->n_items[1]);
@@ -295,7 +348,9 @@ static ibid_err attend(const pass *p, size_t layer) {
             err = ibidi_cu_attention(g->work, &g->shape, &a, plan->n_items[fine], fine);
     }
     if (!err)
-        err = ibidi_cu_merge(g->work, &g->shape, &a, p->n_rows, g->h.p, lined(g->q_dim), g->lse.p);
+        err = ibidi_cu_merge(g->work, &g->shape, &a, p->n_rows + p->n_copies, g->h.p,
+                             lined(g->q_dim), g->lse.p);
+    if (!err) err = measure(p);
     return err ? err : probe(p, layer);
 }
 
@@ -412,7 +467,7 @@ static ibid_err give_masses(const pass *p) {
         for (size_t b = 0; t->step->probe && b < s->n_segs; b++) {
             float *to = t->step->probe->mass[b];
             for (size_t j = 0; to && j < s->segs[b].n_tokens; j++) to[j] += from[j];
-            from += s->gpu->blocks[b]->n_pages * IBIDI_CU_PAGE;
+            from += ibidi_gpu_pages_of(s->segs[b].n_tokens) * IBIDI_CU_PAGE;
         }
     }
     ibid_free(mass);
@@ -438,6 +493,7 @@ static ibid_err run_layers(pass *p, const atomic_bool *cancel) {
             err = ibidi_gpu_load(g, p->parts[i].step, layer);
         if (!err) err = ibidi_gpu_loaded(g);
         if (!err) err = run_layer(p, layer);
+        if (!err && p->streams) err = ibid_device_record(g->d, g->passed[layer % 2], g->work);
     }
     return err ? err : run_head(p);
 }
@@ -445,6 +501,7 @@ static ibid_err run_layers(pass *p, const atomic_bool *cancel) {
 /* ---- Steady passes ---- */
 
 static bool all_loaded(const ibid_seq *s, size_t n_layers) {
+    if (s->gpu->streamed) return false;
     for (size_t i = 0; i < s->n_segs; i++)
         if (s->gpu->blocks[i]->loaded < n_layers) return false;
     return true;
@@ -503,28 +560,27 @@ static ibid_err run_steady(const pass *p, const atomic_bool *cancel) {
     return err ? err : fetch_head(p, 0, p->n_wanted);
 }
 
-/* Before anything of the pass is put on the stream. */
-static ibid_err plan_choices(pass *p) {
-    ibid_err err = IBID_OK;
-    p->selects = false;
-    for (size_t i = 0; !err && i < p->n_parts; i++) {
-        err = ibidi_gpu_choice_plan(p->g, p->parts[i].step, &p->choices[i]);
+static void look_at_parts(pass *p) {
+    p->selects = p->streams = false;
+    p->n_copies = 0;
+    for (size_t i = 0; i < p->n_parts; i++) {
         p->selects |= p->choices[i].select != NULL;
+        p->streams |= p->parts[i].step->seq->gpu->window != NULL;
+        p->n_copies += is_measured(&p->choices[i]);
     }
-    return err;
+    p->g->noted.streamed_steps += p->streams;
 }
 
 /* Whatever happens, nothing of the pass is under way afterwards: pages may go to others then. */
 static ibid_err run_pass(pass *p, const atomic_bool *cancel) {
     struct ibidi_gpu *g = p->g;
-    ibid_err err = plan_choices(p);
-    if (!err) err = make_tables(p);
+    look_at_parts(p);
+    ibid_err err = make_tables(p);
     if (err) return err;
     fill_tables(p);
-    if (p->selects &&
-        (err = ibidi_gpu_choices_place(g, p->choices, p->n_parts, p->seqs + p->n_parts)))
-        return err;
-    err = ibidi_cu_plan_make(&g->shape, p->pieces, p->n_parts, p->rows, &g->plan);
+    if (p->selects) err = ibidi_gpu_choices_place(g, p->choices, p->n_parts, p->seqs + p->n_parts);
+    if (!err)
+        err = ibidi_cu_plan_make(&g->shape, p->pieces, p->n_parts + p->n_copies, p->rows, &g->plan);
     bool steady = is_steady(p);
     if (!err && steady) err = ibidi_cu_plan_pad(&g->plan, ITEM_STEP);
     if (steady) g->plan.max_turned = ibid_align_up(g->plan.max_turned, TURN_STEP);
@@ -534,6 +590,7 @@ static ibid_err run_pass(pass *p, const atomic_bool *cancel) {
     ibid_err copied = ibid_device_sync(g->d, g->copy), worked = ibid_device_sync(g->d, g->work);
     if (!err) err = copied ? copied : worked;
     if (!err && p->selects) err = ibidi_gpu_choices_count(g, p->choices, p->n_parts, p->n_layers);
+    ibidi_gpu_choices_drop(g, p->choices, p->n_parts);
     return err ? err : give_masses(p);
 }
 
@@ -551,36 +608,54 @@ static size_t most_rows(const struct ibidi_gpu *g, const ibid_step *s) {
     return most > 16 ? most / 16 * 16 : 16;
 }
 
+/* Everything a step needs on the device but its stored KV. */
+static ibid_err ready_step(struct ibidi_gpu *g, ibid_step *s, ibidi_gpu_choice *c) {
+    ibid_err err = ibidi_gpu_seq_ready(g, s->seq, s->seq->base + s->n);
+    if (!err) err = ibidi_gpu_choice_plan(g, s, c);
+    return err ? err : ibidi_gpu_seq_place(g, s->seq, !c->fetches);
+}
+
+/* Steps from *i on, the first from its row *row on, as many as a pass takes. */
+static void fill_pass(pass *p, const ibidi_gpu_choice *choices, ibid_step *steps, size_t n_steps,
+                      size_t *i, size_t *row) {
+    struct ibidi_gpu *g = p->g;
+    p->n_parts = p->n_rows = 0;
+    p->n_layers = layers_of(g, &steps[*i]);
+    while (*i < n_steps && layers_of(g, &steps[*i]) == p->n_layers) {
+        ibid_step *s = &steps[*i];
+        size_t most = most_rows(g, s), left = s->n - *row, n = left < most ? left : most;
+        if (n && p->n_parts && p->n_rows + n > IBIDI_GPU_CHUNK) break;
+        if (n) {
+            p->choices[p->n_parts] = choices[*i];
+            p->parts[p->n_parts++] = (part){.step = s, .row0 = *row, .n = n, .at = p->n_rows};
+        }
+        p->n_rows += n;
+        *row += n;
+        if (*row < s->n) break;
+        ++*i;
+        *row = 0;
+    }
+}
+
 ibid_err ibidi_gpu_forward(ibid_engine *e, ibid_step *steps, size_t n_steps,
                            const atomic_bool *cancel) {
     struct ibidi_gpu *g = e->gpu;
     ibid_err err = IBID_OK;
+    size_t room = n_steps ? n_steps : 1;
     pass p = {.g = g, .words = (g->m->n_heads + 63) / 64};
-    p.parts = ibid_calloc(n_steps ? n_steps : 1, sizeof *p.parts);
-    p.pieces = ibid_calloc(n_steps ? n_steps : 1, sizeof *p.pieces);
-    p.choices = ibid_calloc(n_steps ? n_steps : 1, sizeof *p.choices);
-    if (!p.parts || !p.pieces || !p.choices)
+    ibidi_gpu_choice *choices = ibid_calloc(room, sizeof *choices);
+    p.parts = ibid_calloc(room, sizeof *p.parts);
+    p.pieces = ibid_calloc(2 * room, sizeof *p.pieces); /* copies too */
+    p.choices = ibid_calloc(room, sizeof *p.choices);
+    if (!p.parts || !p.pieces || !p.choices || !choices)
         err = ibid_fail(IBID_NOMEM, "no memory for %zu steps", n_steps);
-    for (size_t i = 0; !err && i < n_steps; i++)
-        err = ibidi_gpu_seq_ready(g, steps[i].seq, steps[i].seq->base + steps[i].n);
+    for (size_t i = 0; !err && i < n_steps; i++) err = ready_step(g, &steps[i], &choices[i]);
     for (size_t i = 0, row = 0; !err && i < n_steps;) {
-        p.n_parts = p.n_rows = 0;
-        p.n_layers = layers_of(g, &steps[i]);
-        while (i < n_steps && layers_of(g, &steps[i]) == p.n_layers) {
-            size_t most = most_rows(g, &steps[i]), left = steps[i].n - row;
-            size_t n = left < most ? left : most;
-            if (n && p.n_parts && p.n_rows + n > IBIDI_GPU_CHUNK) break;
-            if (n)
-                p.parts[p.n_parts++] =
-                    (part){.step = &steps[i], .row0 = row, .n = n, .at = p.n_rows};
-            p.n_rows += n;
-            row += n;
-            if (row < steps[i].n) break;
-            i++;
-            row = 0;
-        }
+        fill_pass(&p, choices, steps, n_steps, &i, &row);
         if (p.n_rows) err = run_pass(&p, cancel);
     }
+    for (size_t i = 0; i < n_steps; i++) ibidi_gpu_seq_leave(g, steps[i].seq);
+    ibid_free(choices);
     ibid_free(p.parts);
     ibid_free(p.pieces);
     ibid_free(p.choices);

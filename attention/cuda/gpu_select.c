@@ -8,7 +8,8 @@
 
 enum {
     LIVE_LAST = 128, /* live tokens that are always read, as on the CPU */
-    LEAST = 256      /* tokens read by default */
+    LEAST = 256,     /* tokens read by default */
+    HEADS_MAX = 64   /* kv heads, of which single ones are brought: a word's bits */
 };
 
 static size_t width_of(const struct ibidi_gpu *g) {
@@ -26,19 +27,25 @@ static ibid_err ready_summaries(struct ibidi_gpu *g, ibid_seq *s) {
     ibid_err err = IBID_OK;
     if (!q->summed && !(q->summed = ibid_calloc(n_layers, sizeof *q->summed)))
         return ibid_fail(IBID_NOMEM, "no memory to select pages");
-    if (q->summary_room != q->page_room || q->summary_blocks != q->n_blocks) {
+    if (q->summary_room != q->page_room || q->summary_segs != s->n_segs) {
         memset(q->summed, 0, n_layers * sizeof *q->summed);
         q->summary_room = 0;
         err = ibidi_gpu_reserve(g, &q->summaries,
                                 n_layers * layer_halves(g, q->page_room) * sizeof(uint16_t));
         if (err) return err;
         q->summary_room = q->page_room;
-        q->summary_blocks = q->n_blocks;
+        q->summary_segs = s->n_segs;
     }
     for (size_t l = 0; l < n_layers; l++)
         if (q->summed[l] > kept) q->summed[l] = kept;
     s->live_kept = SIZE_MAX / 2;
     return IBID_OK;
+}
+
+static bool has_summaries(const struct ibidi_gpu *g, const struct ibidi_gpu_seq *q) {
+    for (size_t l = 0; l < g->m->n_layers; l++)
+        if (q->summed[l] < q->n_stored_pages) return false;
+    return true;
 }
 
 ibid_err ibidi_gpu_choice_plan(struct ibidi_gpu *g, const ibid_step *step, ibidi_gpu_choice *c) {
@@ -65,25 +72,26 @@ ibid_err ibidi_gpu_choice_plan(struct ibidi_gpu *g, const ibid_step *step, ibidi
         uint64_t all = p->n < 64 ? (UINT64_C(1) << p->n) - 1 : UINT64_MAX;
         c->seen += (uint64_t)__builtin_popcountll(p->keep & all);
     }
-    c->c = (ibidi_cu_choosing){.seq = q->view,
-                               .room = (uint32_t)q->summary_room,
+    c->c = (ibidi_cu_choosing){.room = (uint32_t)q->summary_room,
                                .n = (uint32_t)n,
                                .last = (uint32_t)last,
                                .n_chosen = (uint32_t)want,
                                .pool = ibidi_pages_memory(g->pages)};
+    c->fetches = q->streamed && !x->measure && g->m->n_kv_heads <= HEADS_MAX && has_summaries(g, q);
     return IBID_OK;
 }
 
 /* Where a choice's arrays lie in the scratch; returns what they take. */
 static size_t place(const struct ibidi_gpu *g, ibidi_gpu_choice *c, uint8_t *base, size_t used) {
-    size_t kv = g->m->n_kv_heads, slots = kv * c->c.n_chosen, at[6];
+    size_t kv = g->m->n_kv_heads, slots = kv * c->c.n_chosen, at[7];
     size_t bytes[] = {slots * sizeof *c->c.pages,
                       slots * sizeof *c->c.cells,
                       slots * sizeof *c->c.which,
                       kv * (g->shape.group + 1) * c->c.room * sizeof *c->c.weight,
                       c->c.n_chosen * IBIDI_CU_PAGE * sizeof *c->mass,
-                      kv * sizeof *c->c.read};
-    for (size_t i = 0; i < 6; i++) {
+                      kv * sizeof *c->c.read,
+                      sizeof *c->recall};
+    for (size_t i = 0; i < 7; i++) {
         at[i] = used;
         used = ibid_align_up(used + bytes[i], 256);
     }
@@ -94,7 +102,45 @@ static size_t place(const struct ibidi_gpu *g, ibidi_gpu_choice *c, uint8_t *bas
     c->c.weight = (void *)(base + at[3]);
     c->mass = (void *)(base + at[4]);
     c->c.read = (void *)(base + at[5]);
+    c->recall = (void *)(base + at[6]);
     return used;
+}
+
+/* What comes back of choices that fetch, and what they hold. */
+static ibid_err place_fetched(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_t n) {
+    size_t total = 0, kv = g->m->n_kv_heads;
+    for (size_t i = 0; i < n; i++)
+        if (c[i].fetches) total += kv * c[i].c.n_chosen;
+    size_t bytes = 2 * total * sizeof *c->which;
+    if (bytes > g->host_chosen_bytes) {
+        void *h = NULL;
+        ibid_device_host_free(g->d, g->host_chosen);
+        g->host_chosen = NULL;
+        g->host_chosen_bytes = 0;
+        ibid_err err = ibid_device_host_alloc(g->d, bytes, &h);
+        if (err) return err;
+        g->host_chosen = h;
+        g->host_chosen_bytes = bytes;
+    }
+    uint32_t *at = (uint32_t *)(void *)g->host_chosen;
+    for (size_t i = 0; i < n; i++) {
+        size_t slots = kv * c[i].c.n_chosen;
+        if (!c[i].fetches) continue;
+        c[i].which = at;
+        c[i].cells = at + slots;
+        at += 2 * slots;
+        if (!(c[i].held = ibid_alloc(slots * sizeof(ibidi_block *))))
+            return ibid_fail(IBID_NOMEM, "no memory for %zu chosen pages", slots);
+    }
+    return IBID_OK;
+}
+
+void ibidi_gpu_choices_drop(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        ibidi_gpu_unhold(g, &c[i]);
+        ibid_free(c[i].held);
+        c[i].held = NULL;
+    }
 }
 
 ibid_err ibidi_gpu_choices_place(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_t n,
@@ -104,18 +150,21 @@ ibid_err ibidi_gpu_choices_place(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_
     for (size_t i = 0; i < n; i++)
         if (c[i].select) used = place(g, &c[i], NULL, used);
     if (used == 0) return IBID_OK;
-    if ((err = ibidi_gpu_reserve(g, &g->chosen, used))) return err;
+    if ((err = ibidi_gpu_reserve(g, &g->chosen, used)) || (err = place_fetched(g, c, n)))
+        return err;
     used = 0;
     for (size_t i = 0; !err && i < n; i++, seqs += kv) {
         ibidi_cu_choosing *a = &c[i].c;
         memset(seqs, 0, kv * sizeof *seqs);
         if (!c[i].select) continue;
+        a->seq = c[i].seq->gpu->view;
         used = place(g, &c[i], g->chosen.p, used);
         for (size_t h = 0; h < kv; h++)
             seqs[h] = (ibidi_cu_seq){.pages = a->pages + h * a->n_chosen,
                                      .cells = a->cells + h * a->n_chosen,
                                      .turns = a->seq.turns};
-        err = ibid_device_fill(g->d, g->work, a->read, 0, kv * sizeof *a->read);
+        if (!(err = ibid_device_fill(g->d, g->work, a->read, 0, kv * sizeof *a->read)))
+            err = ibid_device_fill(g->d, g->work, c[i].recall, 0, sizeof *c[i].recall);
     }
     return err;
 }
@@ -129,7 +178,10 @@ ibid_err ibidi_gpu_choose(struct ibidi_gpu *g, const ibidi_gpu_choice *c, size_t
     ibid_err err = ibidi_cu_summarise(g->work, &g->shape, &a, s->summed[layer], a.last);
     if (err) return err;
     if (s->summed[layer] < a.last) s->summed[layer] = a.last;
-    return ibidi_cu_choose(g->work, &g->shape, &a, q);
+    err = ibidi_cu_choose(g->work, &g->shape, &a, q);
+    if (err || !c->fetches) return err;
+    return ibid_device_download(g->d, g->work, c->which, a.which,
+                                g->m->n_kv_heads * a.n_chosen * sizeof *a.which);
 }
 
 ibid_err ibidi_gpu_choice_mass(struct ibidi_gpu *g, const ibidi_gpu_choice *c,
@@ -159,9 +211,16 @@ ibid_err ibidi_gpu_choices_count(struct ibidi_gpu *g, const ibidi_gpu_choice *c,
         if (!c[i].select) continue;
         uint32_t *read = ibid_calloc(kv, sizeof *read);
         if (!read) return ibid_fail(IBID_NOMEM, "no memory for what was read");
+        float recall = 0;
         err = ibid_device_download(g->d, g->work, read, c[i].c.read, kv * sizeof *read);
+        if (!err && c[i].select->measure)
+            err = ibid_device_download(g->d, g->work, &recall, c[i].recall, sizeof recall);
         ibid_err e = ibid_device_sync(g->d, g->work);
         if (!err) err = e;
+        if (!err && c[i].select->measure) {
+            c[i].select->recall += (double)recall;
+            c[i].select->n_recall += n_layers * g->m->n_heads;
+        }
         for (size_t h = 0; !err && h < kv; h++) c[i].select->read += read[h];
         if (!err) {
             c[i].select->read += n_layers * kv * c[i].last_tokens;

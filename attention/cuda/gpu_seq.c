@@ -1,21 +1,36 @@
 #include "attention/cuda/gpu.h"
+#include "rpc/base/log.h"
 
 #include <string.h>
 
-static size_t pages_of(size_t tokens) {
-    return (tokens + IBIDI_CU_PAGE - 1) / IBIDI_CU_PAGE;
+enum { PAGES_MORE = 64 }; /* of live rows, before tables and summaries are made anew */
+
+static void unpin_blocks(struct ibidi_gpu *g, struct ibidi_gpu_seq *q) {
+    for (size_t i = 0; i < q->n_blocks; i++) ibidi_pages_unpin(g->pages, q->blocks[i]);
+    q->n_blocks = 0;
+}
+
+static void stream(struct ibidi_gpu *g, ibid_seq *s) {
+    ibidi_pages_stats look = ibidi_pages_look(g->pages);
+    unpin_blocks(g, s->gpu);
+    s->gpu->streamed = true;
+    s->gpu->serial = ++g->serial;
+    ibid_log(IBID_LOG_WARN,
+             "the KV of %zu tokens has no room in the GPU's pool (%zu of %zu pages in use): it is "
+             "brought from memory for every step; --gpu-pool gives the pool more",
+             s->n_stored, look.in_use, look.cells);
 }
 
 static ibid_err pin_blocks(struct ibidi_gpu *g, ibid_seq *s) {
     struct ibidi_gpu_seq *q = s->gpu;
-    if (q->n_blocks == s->n_segs) return IBID_OK;
+    if (q->streamed || q->n_blocks == s->n_segs) return IBID_OK;
     ibidi_block **b = ibid_realloc(q->blocks, s->n_segs * sizeof *b);
     if (!b) return ibid_fail(IBID_NOMEM, "no memory for a sequence of %zu blocks", s->n_segs);
     q->blocks = b;
     while (q->n_blocks < s->n_segs) {
         const ibidi_seg *seg = &s->segs[q->n_blocks];
-        ibid_err err = ibidi_pages_pin(g->pages, seg->s.id, g->m->n_layers, pages_of(seg->n_tokens),
-                                       &q->blocks[q->n_blocks]);
+        ibid_err err = ibidi_pages_pin(g->pages, seg->s.id, g->m->n_layers,
+                                       ibidi_gpu_pages_of(seg->n_tokens), &q->blocks[q->n_blocks]);
         if (err) return err;
         q->n_blocks++;
     }
@@ -46,20 +61,23 @@ static ibid_err take_live(struct ibidi_gpu *g, struct ibidi_gpu_seq *q, size_t n
 static ibid_err list_pages(const ibid_seq *s) {
     struct ibidi_gpu_seq *q = s->gpu;
     size_t n = q->n_live, at = 0;
-    for (size_t i = 0; i < q->n_blocks; i++) n += q->blocks[i]->n_pages;
+    for (size_t i = 0; i < s->n_segs; i++) n += ibidi_gpu_pages_of(s->segs[i].n_tokens);
     if (n > q->page_room) {
-        size_t room = n > 2 * q->page_room ? n : 2 * q->page_room;
+        size_t room = n + PAGES_MORE > 2 * q->page_room ? n + PAGES_MORE : 2 * q->page_room;
         ibidi_cu_page *p = ibid_realloc(q->pages, room * sizeof *p);
-        if (!p) return ibid_fail(IBID_NOMEM, "no memory for a sequence of %zu pages", n);
-        q->pages = p;
+        if (p) q->pages = p;
+        uint32_t *owner = p ? ibid_realloc(q->owner, room * sizeof *owner) : NULL;
+        if (!owner) return ibid_fail(IBID_NOMEM, "no memory for a sequence of %zu pages", n);
+        q->owner = owner;
         q->page_room = room;
     }
     memset(q->pages, 0, n * sizeof *q->pages); /* padding too: it is compared */
     q->n_turns = 0;
-    for (size_t i = 0; i < q->n_blocks; i++) {
+    for (size_t i = 0; i < s->n_segs; i++) {
         const ibidi_seg *seg = &s->segs[i];
         uint32_t turn = seg->cos ? (uint32_t)++q->n_turns : 0;
         for (size_t t = 0; t < seg->n_tokens; t += IBIDI_CU_PAGE) {
+            q->owner[at] = (uint32_t)i;
             ibidi_cu_page *p = &q->pages[at++];
             size_t left = seg->n_tokens - t;
             p->keep = seg->s.masked ? ~seg->s.masked[t / 64] : UINT64_MAX;
@@ -83,6 +101,10 @@ static ibid_err list_pages(const ibid_seq *s) {
 static void list_cells(const struct ibidi_gpu *g, const struct ibidi_gpu_seq *q, uint32_t *cells) {
     for (size_t l = 0; l < g->m->n_layers; l++) {
         uint32_t *to = cells + l * q->page_room;
+        if (q->window)
+            memcpy(to, q->window->cells + l % q->window->n_layers * q->n_stored_pages,
+                   q->n_stored_pages * sizeof *to);
+        if (q->streamed) to += q->n_stored_pages; /* else unknown until chosen */
         for (size_t i = 0; i < q->n_blocks; i++) {
             const ibidi_block *b = q->blocks[i];
             memcpy(to, b->cells + l * b->n_pages, b->n_pages * sizeof *to);
@@ -132,15 +154,33 @@ ibid_err ibidi_gpu_seq_ready(struct ibidi_gpu *g, ibid_seq *s, size_t n_live) {
     ibid_err err;
     if (!s->gpu && !(s->gpu = ibid_calloc(1, sizeof *s->gpu)))
         return ibid_fail(IBID_NOMEM, "no memory for a sequence");
-    if ((err = pin_blocks(g, s)) || (err = take_live(g, s->gpu, pages_of(n_live))) ||
-        (err = list_pages(s)) || (err = update_table(g, s)))
-        return err;
-    return IBID_OK;
+    size_t n = ibidi_gpu_pages_of(n_live);
+    if (!(err = pin_blocks(g, s))) err = take_live(g, s->gpu, n);
+    if (err == IBID_NOMEM && !s->gpu->streamed && s->n_segs) {
+        stream(g, s);
+        err = take_live(g, s->gpu, n);
+    }
+    return err ? err : list_pages(s);
+}
+
+ibid_err ibidi_gpu_seq_place(struct ibidi_gpu *g, ibid_seq *s, bool all) {
+    struct ibidi_gpu_seq *q = s->gpu;
+    ibid_err err = IBID_OK;
+    if (q->streamed && all && !q->window && q->n_stored_pages)
+        err =
+            ibidi_pages_pin(g->pages, 0, g->m->n_layers < 2 ? 1 : 2, q->n_stored_pages, &q->window);
+    return err ? err : update_table(g, s);
+}
+
+void ibidi_gpu_seq_leave(struct ibidi_gpu *g, ibid_seq *s) {
+    if (!s->gpu || !s->gpu->window) return;
+    ibidi_pages_unpin(g->pages, s->gpu->window);
+    s->gpu->window = NULL;
 }
 
 void ibidi_gpu_seq_close(struct ibidi_gpu *g, struct ibidi_gpu_seq *q) {
     if (!q) return;
-    for (size_t i = 0; i < q->n_blocks; i++) ibidi_pages_unpin(g->pages, q->blocks[i]);
+    unpin_blocks(g, q);
     for (size_t i = 0; i < q->n_live * g->m->n_layers; i++) ibidi_pages_give(g->pages, q->live[i]);
     ibid_device_free(g->d, q->table.p);
     ibid_device_free(g->d, q->summaries.p);
@@ -148,6 +188,7 @@ void ibidi_gpu_seq_close(struct ibidi_gpu *g, struct ibidi_gpu_seq *q) {
     ibid_free(q->blocks);
     ibid_free(q->live);
     ibid_free(q->pages);
+    ibid_free(q->owner);
     ibid_free(q->uploaded);
     ibid_free(q->mirror);
     ibid_free(q);

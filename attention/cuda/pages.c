@@ -3,8 +3,6 @@
 
 #include <string.h>
 
-enum { BUCKETS = 4096 };
-
 struct ibidi_pages {
     ibid_device *d;
     uint8_t *memory;
@@ -13,7 +11,8 @@ struct ibidi_pages {
     size_t n_free;
     ibidi_block *newest, *oldest; /* unpinned */
     ibidi_pages_stats stats;
-    ibidi_block *buckets[BUCKETS];
+    ibidi_block **buckets; /* [1 << bits] */
+    unsigned bits;
 };
 
 ibid_err ibidi_pages_open(ibid_device *d, ibidi_cu_stream s, size_t cell_bytes, size_t want,
@@ -34,7 +33,10 @@ ibid_err ibidi_pages_open(ibid_device *d, ibidi_cu_stream s, size_t cell_bytes, 
         if (!err) p->memory = memory;
         if (err != IBID_NOMEM || want == least) break;
     }
-    if (!err && !(p->free_cells = ibid_alloc(want * sizeof *p->free_cells)))
+    /* As many as there may be blocks of one page. */
+    for (p->bits = 4; p->bits < 20 && (size_t)1 << p->bits < want; p->bits++) continue;
+    if (!err && (!(p->free_cells = ibid_alloc(want * sizeof *p->free_cells)) ||
+                 !(p->buckets = ibid_calloc((size_t)1 << p->bits, sizeof *p->buckets))))
         err = ibid_fail(IBID_NOMEM, "no memory for a pool");
     if (!err) err = ibid_device_fill(d, s, p->memory, 0, bytes);
     if (!err) err = ibid_device_sync(d, s);
@@ -50,7 +52,7 @@ ibid_err ibidi_pages_open(ibid_device *d, ibidi_cu_stream s, size_t cell_bytes, 
 
 void ibidi_pages_close(ibidi_pages *p) {
     if (!p) return;
-    for (size_t i = 0; i < BUCKETS; i++) {
+    for (size_t i = 0; p->buckets && i < (size_t)1 << p->bits; i++) {
         for (ibidi_block *b = p->buckets[i], *next; b; b = next) {
             next = b->next;
             ibid_free(b);
@@ -58,6 +60,7 @@ void ibidi_pages_close(ibidi_pages *p) {
     }
     ibid_device_free(p->d, p->memory);
     ibid_free(p->free_cells);
+    ibid_free(p->buckets);
     ibid_free(p);
 }
 
@@ -91,7 +94,7 @@ static void link_newest(ibidi_pages *p, ibidi_block *b) {
 }
 
 static ibidi_block **bucket_of(ibidi_pages *p, uint64_t key) {
-    return &p->buckets[(key * 0x9e3779b97f4a7c15u) >> 52];
+    return &p->buckets[(key * 0x9e3779b97f4a7c15u) >> (64 - p->bits)];
 }
 
 static void drop(ibidi_pages *p, ibidi_block *b) {

@@ -10,11 +10,13 @@
 
 typedef struct ibidi_pages ibidi_pages;
 
-/* A stored block in the pool. */
+/* A stored block in the pool; or a page of one at a layer, of a context that the pool does not hold
+ * (n_layers and n_pages 1). */
 typedef struct ibidi_block {
     uint64_t key; /* 0: of one sequence only, dropped with its pin */
     uint32_t n_layers, n_pages;
-    size_t loaded; /* layers [0, loaded) are there; the loader raises it */
+    size_t loaded;  /* layers [0, loaded) are there; the loader raises it */
+    uint64_t heads; /* of a single page: bitmap of the kv heads that are there */
     size_t pins;
     struct ibidi_block *newer, *older; /* among those unpinned */
     struct ibidi_block *next;          /* with the same hash */

@@ -234,6 +234,22 @@ __global__ void __launch_bounds__(IBIDI_CU_PAGE)
         chosen[(size_t)blockIdx.x * IBIDI_CU_PAGE + threadIdx.x];
 }
 
+__global__ void __launch_bounds__(32)
+    recall_kernel(const float *chosen, const float *all, unsigned n_heads, float *sum) {
+    float part = 0;
+    for (unsigned h = threadIdx.x; h < n_heads; h += 32)
+        part += exp2f(fminf(chosen[h] - all[h], 0.0f));
+    part = warp_sum(part);
+    if (threadIdx.x == 0) sum[0] += part;
+}
+
+__global__ void __launch_bounds__(THREADS)
+    land_kernel(const uint64_t *slot, const uint8_t *heads, size_t bytes, uint8_t *pool) {
+    const uint4 *from = (const uint4 *)(const void *)(heads + blockIdx.x * bytes);
+    uint4 *to = (uint4 *)(void *)(pool + slot[blockIdx.x] * bytes);
+    for (unsigned i = threadIdx.x; i < bytes / 16; i += THREADS) to[i] = from[i];
+}
+
 extern "C" ibid_err ibidi_cu_summarise(ibidi_cu_stream s, const ibidi_cu_shape *m,
                                        const ibidi_cu_choosing *a, size_t page0, size_t page1) {
     if (page0 >= page1) return IBID_OK;
@@ -256,4 +272,16 @@ extern "C" ibid_err ibidi_cu_spread_mass(ibidi_cu_stream s, const uint32_t *whic
     if (n_chosen == 0) return IBID_OK;
     return launch("spread mass", spread_kernel, dim3((unsigned)n_chosen), IBIDI_CU_PAGE, 0, s,
                   which, (unsigned)n_stored, chosen, mass);
+}
+
+extern "C" ibid_err ibidi_cu_recall(ibidi_cu_stream s, const float *chosen, const float *all,
+                                    size_t n_heads, float *sum) {
+    return launch("recall", recall_kernel, dim3(1), 32, 0, s, chosen, all, (unsigned)n_heads, sum);
+}
+
+extern "C" ibid_err ibidi_cu_land(ibidi_cu_stream s, const uint64_t *slot, const uint8_t *heads,
+                                  size_t n, size_t bytes, uint8_t *pool) {
+    if (n == 0) return IBID_OK;
+    return launch("landing", land_kernel, dim3((unsigned)n), THREADS, 0, s, slot, heads, bytes,
+                  pool);
 }

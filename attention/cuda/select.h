@@ -45,6 +45,14 @@ ibid_err ibidi_cu_choose(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibidi
 ibid_err ibidi_cu_spread_mass(ibidi_cu_stream s, const uint32_t *which, size_t n_chosen,
                               size_t n_stored, const float *chosen, float *mass);
 
+/* sum[0] += over heads, what the chosen pages have of full attention's weight: 2^(chosen - all), of
+ * log-sum-exps [n_heads] of one row. */
+ibid_err ibidi_cu_recall(ibidi_cu_stream s, const float *chosen, const float *all, size_t n_heads,
+                         float *sum);
+/* bytes (of a kv head in a page, a multiple of 16) from heads [n] to place slot[i] of the pool. */
+ibid_err ibidi_cu_land(ibidi_cu_stream s, const uint64_t *slot, const uint8_t *heads, size_t n,
+                       size_t bytes, uint8_t *pool);
+
 #ifdef __cplusplus
 }
 #endif

@@ -61,3 +61,9 @@ foreach(name rows attention select)
   set_tests_properties(attention.cuda_${name}.shuffled PROPERTIES TIMEOUT 600
     ENVIRONMENT IBID_EMULATOR_ORDER=77)
 endforeach()
+# And what is put on streams done at random times, not as late as can be: what a missing event would change.
+foreach(name model select_model)
+  add_test(NAME attention.cuda_${name}.streams COMMAND emulated_${name} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+  set_tests_properties(attention.cuda_${name}.streams PROPERTIES TIMEOUT 600 SKIP_RETURN_CODE 77
+    ENVIRONMENT IBID_EMULATOR_STREAMS=5)
+endforeach()

@@ -1,13 +1,18 @@
 /* Rows that read a share of their context on the device, against the CPU's engine that chooses
  * among the same stored pages: logits, probes, counts; beside rows that read everything; after live
- * rows were dropped. Pages are whole ones here, so that the CPU's budget of tokens and the device's
- * of pages are the same. */
+ * rows were dropped; and from a pool that does not hold the context, against one that does. Pages
+ * are whole ones here, so that the CPU's budget of tokens and the device's of pages are the same.
+ */
 #include "attention/engine_internal.h"
 #include "attention/plan/gate.h"
 #include "tests/support/check.h"
 #include "tests/support/gguf_write.h"
 
 #include "attention/cuda/device.h"
+#include "attention/cuda/layout.h"
+#ifdef IBIDI_EMULATED
+#include "tests/support/emulator/device.h"
+#endif
 
 #include <math.h>
 #include <stdio.h>
@@ -19,7 +24,8 @@ enum { STORED = PAGE + BLOCKS * BLOCK, PAGES = STORED / PAGE };
 
 typedef struct world {
     ibid_model *m;
-    ibid_engine *cpu, *gpu;
+    ibid_engine *cpu, *gpu,
+        *small; /* small: with a pool that does not hold a whole context, or NULL */
     ibid_kv_view *kv[1 + BLOCKS]; /* the prefix, then blocks encoded behind it */
 } world;
 
@@ -46,7 +52,15 @@ static ibid_kv_view *encode(ibid_engine *e, const ibid_kv_view *prefix, size_t f
     return out;
 }
 
-static void open_world(world *w, const ibid_test_gguf *spec) {
+static void open_gpu(const world *w, size_t pool, ibid_engine **out) {
+    ibid_engine_opts o = {.n_threads = 2, .backend = IBID_BACKEND_CUDA};
+    o.gpu_kv = IBID_KV_F16;
+    o.gpu_memory = pool;
+    MUST(ibid_engine_open(w->m, &o, out));
+}
+
+/* cells: in the small pool, 0: none. */
+static void open_world(world *w, const ibid_test_gguf *spec, size_t cells) {
     char path[] = "/tmp/ibid-gpu-select-XXXXXX";
     int fd = mkstemp(path);
     ibid_hash id = {{1}};
@@ -56,18 +70,17 @@ static void open_world(world *w, const ibid_test_gguf *spec) {
     MUST(ibid_model_open(path, &id, &w->m));
     (void)unlink(path);
     MUST(ibid_engine_open(w->m, &(ibid_engine_opts){.n_threads = 2}, &w->cpu));
-    MUST(ibid_engine_open(w->m,
-                          &(ibid_engine_opts){.n_threads = 2,
-                                              .backend = IBID_BACKEND_CUDA,
-                                              .gpu_kv = IBID_KV_F16,
-                                              .gpu_memory = 64 << 20},
-                          &w->gpu));
+    memset(w->kv, 0, sizeof w->kv);
+    open_gpu(w, 64 << 20, &w->gpu);
+    w->small = NULL;
+    if (cells) open_gpu(w, cells * spec->n_kv_heads * ibidi_cu_head_bytes(64, 0), &w->small);
     w->kv[0] = encode(w->cpu, NULL, 0, PAGE);
     for (size_t i = 1; i <= BLOCKS; i++) w->kv[i] = encode(w->cpu, w->kv[0], 500 * i, BLOCK);
 }
 
 static void close_world(world *w) {
     for (size_t i = 0; i <= BLOCKS; i++) ibid_free(w->kv[i]);
+    ibid_engine_close(w->small);
     ibid_engine_close(w->gpu);
     ibid_engine_close(w->cpu);
     ibid_model_close(w->m);
@@ -81,21 +94,28 @@ static void forward(ibid_engine *e, ibid_seq *s, size_t from, size_t n, uint32_t
     MUST(ibid_engine_forward(e, &step, 1, NULL));
 }
 
-/* All blocks, then `live` rows. */
-static ibid_seq *start(const world *w, ibid_engine *e, size_t live) {
-    ibid_seq *s = NULL;
-    MUST(ibid_seq_open(e, live, &s));
+/* first_id: 0: they are of no one else. */
+static void add_blocks(const world *w, ibid_seq *s, uint64_t first_id) {
     for (size_t i = 0; i <= BLOCKS; i++) {
         ibid_segment g = {.layers = w->kv[i],
                           .local0 = i ? PAGE : 0,
                           .offset = i ? (i - 1) * BLOCK : 0,
-                          .id = 9000 + i};
+                          .id = first_id ? first_id + i : 0};
         MUST(ibid_seq_add_segment(s, &g));
     }
+}
+
+/* All blocks, then `live` rows. */
+static ibid_seq *start(const world *w, ibid_engine *e, size_t live, uint64_t first_id) {
+    ibid_seq *s = NULL;
+    MUST(ibid_seq_open(e, live, &s));
+    add_blocks(w, s, first_id);
     for (size_t at = 0; at < live; at += LIVE)
         forward(e, s, 4000 + at, live - at < LIVE ? live - at : LIVE, STORED + (uint32_t)at);
     return s;
 }
+
+enum { ID = 9000 };
 
 typedef struct outcome {
     float logits[VOCAB], mass[1 + BLOCKS][BLOCK];
@@ -103,10 +123,10 @@ typedef struct outcome {
 } outcome;
 
 static ibid_step step_of(ibid_seq *s, const int32_t *token, const uint32_t *at, outcome *o,
-                         ibid_probe *p, float **mass, uint64_t least) {
+                         ibid_probe *p, float **mass, uint64_t least, bool measure) {
     memset(o, 0, sizeof *o);
     for (size_t i = 0; i <= BLOCKS; i++) mass[i] = o->mass[i];
-    o->select = (ibid_select){.share = 0.01, .least = least};
+    o->select = (ibid_select){.share = 0.01, .least = least, .measure = measure};
     *p = (ibid_probe){.mass = mass, .n_rows = 1};
     return (ibid_step){.seq = s,
                        .tokens = token,
@@ -118,15 +138,19 @@ static ibid_step step_of(ibid_seq *s, const int32_t *token, const uint32_t *at, 
                        .select = least ? &o->select : NULL};
 }
 
-/* One row behind `live` ones; least: tokens to read; 0: everything. Leaves the sequence as it was.
- */
-static void decode(ibid_engine *e, ibid_seq *s, size_t live, uint64_t least, outcome *o) {
-    int32_t token = 77;
+/* One row behind `live` ones; least: tokens to read; 0: everything. */
+static void decode_on(ibid_engine *e, ibid_seq *s, int32_t token, size_t live, uint64_t least,
+                      bool measure, outcome *o) {
     uint32_t at = STORED + (uint32_t)live;
     float *mass[1 + BLOCKS];
     ibid_probe probe;
-    ibid_step step = step_of(s, &token, &at, o, &probe, mass, least);
+    ibid_step step = step_of(s, &token, &at, o, &probe, mass, least, measure);
     MUST(ibid_engine_forward(e, &step, 1, NULL));
+}
+
+/* The same, measured, and leaves the sequence as it was. */
+static void decode(ibid_engine *e, ibid_seq *s, size_t live, uint64_t least, outcome *o) {
+    decode_on(e, s, 77, live, least, least != 0, o);
     ibid_seq_truncate(s, live);
 }
 
@@ -147,7 +171,7 @@ static size_t live_tail(size_t live) { /* live tokens that are always read, with
 /* The same n pages of those that may be left out: as tokens on the CPU, as pages on the device. */
 static void compare(const world *w, size_t live, size_t n, double *worst) {
     static outcome want, got, full, again;
-    ibid_seq *c = start(w, w->cpu, live), *g = start(w, w->gpu, live);
+    ibid_seq *c = start(w, w->cpu, live, ID), *g = start(w, w->gpu, live, ID);
     size_t tail = live_tail(live);
     size_t tail_pages = live / PAGE + 1 - (live + 1 - tail) / PAGE, heads = w->m->n_kv_heads;
     decode(w->cpu, c, live, tail + n * PAGE, &want);
@@ -164,9 +188,17 @@ static void compare(const world *w, size_t live, size_t n, double *worst) {
     double off = apart(got.logits, want.logits, VOCAB);
     double mass = apart(got.mass[0], want.mass[0], sizeof want.mass / sizeof(float));
     double from_full = apart(full.logits, want.logits, VOCAB);
-    printf("%zu live rows, %zu pages: logits %.2g apart, mass %.2g; full attention's %.2g\n", live,
-           n, off, mass, from_full);
+    printf("%zu live rows, %zu pages: logits %.2g apart, mass %.2g; full attention's %.2g; recall "
+           "%.3f, %.3f on the CPU\n",
+           live, n, off, mass, from_full, got.select.recall / (double)got.select.n_recall,
+           want.select.recall / (double)want.select.n_recall);
     CHECK(off < 4e-3 && mass < 1e-2, "logits %g apart, mass %g", off, mass);
+    double recall = want.select.recall / (double)want.select.n_recall;
+    CHECK(got.select.n_recall == want.select.n_recall && recall > 0.1 && recall < 0.99 &&
+              fabs(got.select.recall - want.select.recall) < 2e-3 * want.select.recall,
+          "recall %g of %llu, %g of %llu on the CPU", got.select.recall,
+          (unsigned long long)got.select.n_recall, want.select.recall,
+          (unsigned long long)want.select.n_recall);
     CHECK(from_full > 2 * off, "choosing changed nothing: %g", from_full);
     *worst = fmax(*worst, off);
     /* Dropped rows, others, dropped again: as before. */
@@ -176,12 +208,9 @@ static void compare(const world *w, size_t live, size_t n, double *worst) {
         forward(w->gpu, g, 9200, 90, STORED + 140);
         decode(w->gpu, g, 230, 6 * PAGE, &again);
         ibid_seq_truncate(g, 20);
-        for (size_t at = 20; at < live; at += 50) {
-            size_t k = live - at < 50 ? live - at : 50, first = at;
-            for (size_t i = 0; i < k; i++) { /* the rows that start() gave */
-                size_t row = first + i, from = 4000 + row / LIVE * LIVE + row % LIVE;
-                forward(w->gpu, g, from, 1, STORED + (uint32_t)row);
-            }
+        for (size_t at = 20, k; at < live; at += k) { /* the rows that start() gave */
+            k = LIVE - at % LIVE < live - at ? LIVE - at % LIVE : live - at;
+            forward(w->gpu, g, 4000 + at, k, STORED + (uint32_t)at);
         }
         decode(w->gpu, g, live, (tail_pages + n) * PAGE, &again);
         CHECK(again.select.read == got.select.read, "%llu tokens read",
@@ -204,9 +233,9 @@ static void batch(const world *w) {
     ibid_step steps[3];
     ibid_seq *s[3];
     for (size_t i = 0; i < 3; i++) {
-        s[i] = start(w, w->gpu, LIVE);
+        s[i] = start(w, w->gpu, LIVE, ID);
         decode(w->gpu, s[i], LIVE, least[i], &alone[i]);
-        steps[i] = step_of(s[i], &token, &at, &got[i], &probes[i], mass[i], least[i]);
+        steps[i] = step_of(s[i], &token, &at, &got[i], &probes[i], mass[i], least[i], i == 2);
     }
     MUST(ibid_engine_forward(w->gpu, steps, 3, NULL));
     for (size_t i = 0; i < 3; i++) {
@@ -215,9 +244,128 @@ static void batch(const world *w) {
         CHECK(apart(got[i].mass[0], alone[i].mass[0], (1 + BLOCKS) * BLOCK) < 1e-4,
               "mass of row %zu in a batch", i);
         CHECK(got[i].select.read == alone[i].select.read, "row %zu in a batch", i);
+        CHECK(i != 2 || fabs(got[i].select.recall - alone[i].select.recall) < 1e-4,
+              "recall of row %zu in a batch", i);
         ibid_seq_close(s[i]);
     }
     CHECK(apart(got[0].logits, got[1].logits, VOCAB) > 1e-3, "choosing changed nothing");
+}
+
+/* ---- A pool that does not hold the context ---- */
+
+static uint64_t streamed_steps(const ibid_engine *e) {
+    ibid_engine_gpu look;
+    CHECK(ibid_engine_gpu_look(e, &look), "no GPU");
+    return look.streamed_steps;
+}
+
+static void same(const outcome *got, const outcome *want, const char *what) {
+    CHECK(memcmp(got->logits, want->logits, sizeof want->logits) == 0, "%s: logits differ", what);
+    CHECK(memcmp(got->mass, want->mass, sizeof want->mass) == 0, "%s: masses differ", what);
+    CHECK(got->select.read == want->select.read && got->select.seen == want->select.seen &&
+              got->select.recall == want->select.recall,
+          "%s: counts differ", what);
+}
+
+/* Steps of an answer over a context that passes through the small pool, against the large one: bit
+ * by bit the same. */
+static void stream_one(const world *w, uint64_t id, size_t n) {
+    static outcome want, got;
+    static const struct {
+        uint64_t least;
+        bool measure;
+        uint64_t passes; /* of all the context */
+    } steps[9] = {{0, false, 1},        {6 * PAGE, false, 1}, {6 * PAGE, false, 0},
+                 {6 * PAGE, false, 0}, {6 * PAGE, true, 1},  {7 * PAGE, false, 0},
+                 {0, false, 1},        {5 * PAGE, false, 0}, {6 * PAGE, false, 0}};
+    ibid_seq *g = start(w, w->gpu, LIVE, id), *s = start(w, w->small, LIVE, id);
+    for (size_t i = 0; i < n; i++) {
+        uint64_t before = streamed_steps(w->small);
+        int32_t token = (int32_t)(31 * i % VOCAB);
+#ifdef IBIDI_EMULATED
+        uint64_t bytes = ibidi_emulator_uploaded();
+#endif
+        decode_on(w->small, s, token, LIVE + i, steps[i].least, steps[i].measure, &got);
+#ifdef IBIDI_EMULATED
+        size_t page = w->m->n_kv_heads * ibidi_cu_head_bytes(64, 0), layers = w->m->n_layers;
+        bytes = ibidi_emulator_uploaded() - bytes;
+        CHECK(steps[i].passes ? bytes > PAGES * layers * page : bytes < PAGES * layers * page / 2,
+              "step %zu brought %llu bytes", i, (unsigned long long)bytes);
+#endif
+        decode_on(w->gpu, g, token, LIVE + i, steps[i].least, steps[i].measure, &want);
+        same(&got, &want, "streamed");
+        CHECK(streamed_steps(w->small) - before == steps[i].passes, "step %zu streamed", i);
+    }
+    ibid_seq_close(g);
+    ibid_seq_close(s);
+}
+
+/* A pass with rows of two streamed sequences that choose and one of one that reads all. */
+static void stream_batch(const world *w) {
+    static outcome want[3], got[3];
+    static const uint64_t least[3] = {6 * PAGE, 0, 5 * PAGE};
+    uint32_t at = STORED + LIVE;
+    int32_t tokens[3] = {5, 9, 13};
+    ibid_engine *engines[2] = {w->gpu, w->small};
+    for (size_t e = 0; e < 2; e++) {
+        float *mass[3][1 + BLOCKS];
+        ibid_probe probes[3];
+        ibid_step steps[3];
+        ibid_seq *s[3];
+        outcome *o = e ? got : want;
+        for (size_t i = 0; i < 3; i++) {
+            s[i] = start(w, engines[e], LIVE, i == 2 ? ID : ID + 100 * i);
+            if (least[i]) decode(engines[e], s[i], LIVE, least[i], &o[i]); /* makes summaries */
+        }
+        for (size_t i = 0; i < 3; i++)
+            steps[i] = step_of(s[i], &tokens[i], &at, &o[i], &probes[i], mass[i], least[i], false);
+        MUST(ibid_engine_forward(engines[e], steps, 3, NULL));
+        for (size_t i = 0; i < 3; i++) ibid_seq_close(s[i]);
+    }
+    for (size_t i = 0; i < 3; i++) same(&got[i], &want[i], "streamed in a batch");
+}
+
+/* Other sequences' live rows leave it no room for two layers: a typed error, and once they are gone
+ * it is answered. */
+static void stream_crowded(const world *w) {
+    enum { OTHERS = 5 };
+    ibid_seq *others[OTHERS], *s = NULL;
+    int32_t token = 7;
+    uint32_t at = STORED;
+    ibid_step step = {.tokens = &token, .positions = &at, .n = 1};
+    for (size_t i = 0; i < OTHERS; i++) {
+        MUST(ibid_seq_open(w->small, LIVE, &others[i]));
+        forward(w->small, others[i], 0, LIVE, 0);
+    }
+    MUST(ibid_seq_open(w->small, LIVE, &s));
+    add_blocks(w, s, ID);
+    step.seq = s;
+    CHECK(ibid_engine_forward(w->small, &step, 1, NULL) == IBID_NOMEM, "a pool without room");
+    for (size_t i = 0; i < OTHERS; i++) ibid_seq_close(others[i]);
+    MUST(ibid_engine_forward(w->small, &step, 1, NULL));
+    ibid_seq_close(s);
+}
+
+static void stream(void) {
+    world w;
+    ibid_test_gguf spec = {.n_layers = 8,
+                           .n_embd = 128,
+                           .n_heads = 4,
+                           .n_kv_heads = 2,
+                           .head_dim = 64,
+                           .n_ff = 96,
+                           .n_vocab = VOCAB,
+                           .n_ctx = 2048,
+                           .type = IBID_F16,
+                           .seed = 7300};
+    /* Two layers of the stored pages, three sequences' live rows, and what two of them choose. */
+    open_world(&w, &spec, 2 * PAGES + 3 * 2 * spec.n_layers + 24);
+    stream_one(&w, ID, 9);
+    stream_one(&w, 0, 4);
+    stream_batch(&w);
+    stream_crowded(&w);
+    close_world(&w);
+    printf("a context that passes through the pool is as others\n");
 }
 
 int main(void) {
@@ -242,13 +390,14 @@ int main(void) {
                                .type = i ? IBID_Q8_0 : IBID_F16,
                                .seed = 7100 + i,
                                .arch = i ? "qwen2" : NULL};
-        open_world(&w, &spec);
+        open_world(&w, &spec, 0);
         compare(&w, LIVE, 4, &worst);
         compare(&w, LIVE, 9, &worst);
         compare(&w, 3 * LIVE, 5, &worst); /* a live page may be left out too */
         batch(&w);
         close_world(&w);
     }
+    stream();
     printf("all passed, logits %.2g apart at most\n", worst);
     return 0;
 }

@@ -1,6 +1,7 @@
-/* The device interface on the CPU. Uploads and fills are done only when their stream is next used
- * for work or waited for, not from a copy: whoever reuses a staging buffer too early, or
- * forgets an event between streams, gets wrong results here too. */
+/* The device interface on the CPU. What is put on a stream is done as late as can be: when someone
+ * waits for it, and not from a copy. Or, with IBID_EMULATOR_STREAMS set to a number, at any time,
+ * drawn from that seed. Whoever reuses a staging buffer too early, or forgets an event between
+ * streams, gets wrong results here too. */
 #include "attention/cuda/device.h"
 #include "tests/support/emulator/device.h"
 
@@ -10,6 +11,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <deque>
 #include <functional>
 #include <map>
 #include <vector>
@@ -17,14 +19,17 @@
 extern "C" float ibid_f16_to_f32(uint16_t h);
 
 struct stream {
-    std::vector<std::function<void()>> open; /* not done yet */
-    bool keeping;
+    std::deque<std::function<void()>> open; /* not done yet */
+    uint64_t done;                          /* ever */
+    bool running, keeping;
+    std::vector<std::function<void()>> kept; /* for a graph */
 };
 struct ibid_device {
     bool gone;
 };
 struct ibid_device_event {
     stream *s;
+    uint64_t number; /* in s, when it was recorded last */
     double at;
 };
 struct ibid_device_graph {
@@ -36,6 +41,8 @@ static size_t in_use, memory = (size_t)1 << 30;
 static uint64_t fail_at, uploaded;
 static bool fail_lost, lost;
 static const char *lost_file;
+static std::vector<stream *> streams;
+static uint64_t random_state; /* 0: late */
 
 extern "C" void ibidi_emulator_memory(size_t bytes) {
     memory = bytes ? bytes : (size_t)1 << 30;
@@ -66,18 +73,49 @@ static ibid_err trouble(const char *what) {
     return ibid_fail(IBID_BACKEND, "GPU: %s failed (emulated)", what);
 }
 
+/* Does what is first on a stream until n things ever were. */
+static void run_until(stream *s, uint64_t n) {
+    while (s->done < n && !s->open.empty()) {
+        if (s->running) {
+            fprintf(stderr, "emulator: streams wait for each other\n");
+            abort();
+        }
+        std::function<void()> f = s->open.front();
+        s->open.pop_front();
+        s->running = true;
+        f();
+        s->running = false;
+        s->done++;
+    }
+}
+
 static void run_open(stream *s) {
-    std::vector<std::function<void()>> now;
-    now.swap(s->open);
-    for (auto &f : now) f();
+    run_until(s, UINT64_MAX);
+}
+
+static uint64_t random_below(uint64_t n) {
+    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+    return (random_state >> 33) % n;
+}
+
+/* Some of it is done sooner. */
+static void run_some(void) {
+    stream *s = streams[random_below(streams.size())];
+    if (random_below(2)) run_until(s, s->done + random_below(s->open.size() + 1));
 }
 
 /* Launches of kernels come here too (grid.h). */
 ibid_err ibidi_emulator_put(void *s, const char *what, std::function<void()> f);
 ibid_err ibidi_emulator_put(void *s, const char *what, std::function<void()> f) {
+    stream *st = (stream *)s;
     ibid_err err = trouble(what);
-    if (!err) ((stream *)s)->open.push_back(f);
-    return err;
+    if (err) return err;
+    if (st->keeping)
+        st->kept.push_back(f);
+    else
+        st->open.push_back(f);
+    if (random_state && !st->keeping) run_some();
+    return IBID_OK;
 }
 
 extern "C" const char *ibid_device_library(void) {
@@ -89,6 +127,8 @@ extern "C" ibid_err ibid_device_open(int number, ibid_device **out) {
     lost = false;
     /* For a process of its own: the device is lost once this file is there. */
     lost_file = getenv("IBID_EMULATOR_LOST");
+    const char *seed = getenv("IBID_EMULATOR_STREAMS");
+    random_state = seed ? strtoull(seed, NULL, 10) : 0;
     *out = new ibid_device{false};
     return IBID_OK;
 }
@@ -149,13 +189,17 @@ extern "C" void ibid_device_host_free(ibid_device *d, void *p) {
 extern "C" ibid_err ibid_device_stream_open(ibid_device *d, ibidi_cu_stream *out) {
     ibid_err err = trouble("opening a stream");
     (void)d;
-    if (!err) *out = new stream{{}, false};
-    return err;
+    if (err) return err;
+    streams.push_back(new stream{{}, 0, false, false, {}});
+    *out = streams.back();
+    return IBID_OK;
 }
 
 extern "C" void ibid_device_stream_close(ibid_device *d, ibidi_cu_stream s) {
     (void)d;
     if (s && !lost) run_open((stream *)s);
+    for (size_t i = 0; i < streams.size(); i++)
+        if (streams[i] == s) streams.erase(streams.begin() + (ptrdiff_t)i--);
     delete (stream *)s;
 }
 
@@ -198,7 +242,7 @@ extern "C" ibid_err ibid_device_fill(ibid_device *d, ibidi_cu_stream s, void *p,
 extern "C" ibid_err ibid_device_event_open(ibid_device *d, ibid_device_event **out) {
     ibid_err err = trouble("opening an event");
     (void)d;
-    if (!err) *out = new ibid_device_event{NULL, 0};
+    if (!err) *out = new ibid_device_event{NULL, 0, 0};
     return err;
 }
 
@@ -213,24 +257,26 @@ static double now_ms() {
 }
 
 extern "C" ibid_err ibid_device_record(ibid_device *d, ibid_device_event *e, ibidi_cu_stream s) {
+    stream *st = (stream *)s;
     (void)d;
-    e->s = (stream *)s;
+    e->s = st;
+    e->number = st->done + st->running + st->open.size() + 1;
     return ibidi_emulator_put(s, "recording an event", [=] { e->at = now_ms(); });
 }
 
-/* What was recorded is done now, at the latest: streams that wait for each other in a ring cannot
- * be built from what this engine does. */
 extern "C" ibid_err ibid_device_wait(ibid_device *d, ibidi_cu_stream s, ibid_device_event *e) {
+    stream *of = e->s;
+    uint64_t number = e->number;
     (void)d;
     return ibidi_emulator_put(s, "waiting for an event", [=] {
-        if (e->s) run_open(e->s);
+        if (of) run_until(of, number);
     });
 }
 
 extern "C" ibid_err ibid_device_event_sync(ibid_device *d, ibid_device_event *e) {
     ibid_err err = trouble("waiting for an event");
     (void)d;
-    if (!err && e->s) run_open(e->s);
+    if (!err && e->s) run_until(e->s, e->number);
     return err;
 }
 
@@ -256,7 +302,7 @@ extern "C" ibid_err ibid_device_graph_end(ibid_device *d, ibidi_cu_stream s,
     (void)d;
     st->keeping = false;
     std::vector<std::function<void()>> work;
-    work.swap(st->open);
+    work.swap(st->kept);
     ibid_err err = trouble("ending a graph");
     if (!err) *out = new ibid_device_graph{work};
     return err;
