@@ -84,6 +84,9 @@ IBIDI_DEV float shuffle_xor(float v, int mask) {
 IBIDI_DEV uint4 load_stream(const uint4 *p) { /* read once: not kept in the first cache */
     return __ldcs(p);
 }
+IBIDI_DEV unsigned bits_of(uint64_t v) { /* how many are set */
+    return (unsigned)__popcll(v);
+}
 
 extern "C" ibid_err ibidi_device_check(int code, const char *what);
 

@@ -51,7 +51,9 @@ typedef struct ibidi_gpu_key {
     uint64_t n_rows, n_layers, n_wanted, n_tiles[2], n_items[2], max_turned, draws;
     const void *memory[16];
     struct {
-        uint64_t n_pages, lo, hi; /* of its probe */
+        uint64_t n_pages, lo, hi;               /* of its probe */
+        uint64_t selects, measured, grid, room; /* of its choice, */
+        uint64_t n_chosen;                      /* if it is probed */
     } parts[IBIDI_GPU_PARTS];
 } ibidi_gpu_key;
 
@@ -169,9 +171,12 @@ ibid_err ibidi_gpu_loaded(struct ibidi_gpu *g);
 typedef struct ibidi_gpu_choice {
     ibid_select *select; /* NULL: it reads everything */
     ibid_seq *seq;
-    ibidi_cu_choosing c; /* without layer and summaries, which each layer has its own of */
-    float *mass;         /* [n_chosen, 64] of a kv head */
-    float *recall;       /* [1] summed over layers and heads; read only if that is measured */
+    ibidi_cu_choosing c;
+    const ibidi_cu_choosing *there; /* c among the pass's tables */
+    size_t fresh;                   /* pages of a layer to be summarised, at most */
+    size_t grid;                    /* pages that launches are made for */
+    float *mass;                    /* [n_chosen, 64] of a kv head */
+    float *recall; /* [1] summed over layers and heads; read only if that is measured */
     uint64_t seen, last_tokens;
     /* What it chose is brought, of a streamed sequence without a window: */
     bool fetches;
@@ -188,10 +193,22 @@ void ibidi_gpu_unhold(struct ibidi_gpu *g, ibidi_gpu_choice *c);
 /* ---- gpu_select.c ---- */
 /* Whether a step selects, whose sequence is ready, and among what. */
 ibid_err ibidi_gpu_choice_plan(struct ibidi_gpu *g, const ibid_step *step, ibidi_gpu_choice *c);
-/* Gives n choices, whose sequences are placed, their scratch and seqs [n, n_kv_heads] what they
- * will have chosen. What they hold is dropped by ibidi_gpu_choices_drop. */
+/* Tables of n choices in pinned memory, and where they will lie on the device. */
+typedef struct ibidi_gpu_choosings {
+    ibidi_cu_seq *seqs;   /* [n, n_kv_heads] what they will have chosen */
+    ibidi_cu_choosing *c; /* [n] */
+    uint32_t *from;       /* [n, n_layers] */
+    const ibidi_cu_choosing *d_c;
+    const uint32_t *d_from;
+} ibidi_gpu_choosings;
+/* Gives n choices, whose sequences are placed, their scratch, and fills their tables. What they
+ * hold is dropped by ibidi_gpu_choices_drop. */
 ibid_err ibidi_gpu_choices_place(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_t n,
-                                 ibidi_cu_seq *seqs);
+                                 const ibidi_gpu_choosings *tables);
+/* On the stream before any of them chooses. */
+ibid_err ibidi_gpu_choices_start(struct ibidi_gpu *g, const ibidi_gpu_choice *c, size_t n);
+/* Whether what a choice puts on the stream can be recorded. */
+bool ibidi_gpu_choice_steady(const ibidi_gpu_choice *c);
 /* Puts the choosing at a layer on the stream. q [n_heads, head_dim] of the row. */
 ibid_err ibidi_gpu_choose(struct ibidi_gpu *g, const ibidi_gpu_choice *c, size_t layer,
                           const float *q);
@@ -201,9 +218,10 @@ ibid_err ibidi_gpu_choice_mass(struct ibidi_gpu *g, const ibidi_gpu_choice *c,
                                const uint64_t *d_heads, uint32_t row_lo, uint32_t row_hi,
                                float *mass);
 void ibidi_gpu_choices_drop(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_t n);
-/* After the pass: adds to the steps' counts. */
-ibid_err ibidi_gpu_choices_count(struct ibidi_gpu *g, const ibidi_gpu_choice *c, size_t n,
-                                 size_t n_layers);
+/* After the pass over n_layers layers, which succeeded: notes the summaries that there are now, and
+ * adds to the steps' counts. */
+ibid_err ibidi_gpu_choices_done(struct ibidi_gpu *g, const ibidi_gpu_choice *c, size_t n,
+                                size_t n_layers);
 
 /* Puts a pass on the work stream: put(arg), or what it put there when it was recorded under an
  * equal key. put may be called once to run and once to be recorded; it must neither wait nor

@@ -40,6 +40,7 @@ typedef struct pass {
     const ibidi_cu_tile *d_tiles;
     const ibidi_cu_item *d_items;
     const uint64_t *d_heads;
+    ibidi_gpu_choosings choosings; /* of the choices */
     const uint32_t *d_wanted;
     const float *d_draw;
     uint32_t *wanted; /* rows whose logits are wanted, */
@@ -111,6 +112,8 @@ static ibid_err make_tables(pass *p) {
     heads = take(&l, p->n_parts * g->m->n_layers * p->words, sizeof *p->heads);
     size_t wanted = take(&l, p->n_rows, sizeof *p->wanted);
     size_t draw = take(&l, 3 * p->n_rows, sizeof *p->draw);
+    size_t choosings = take(&l, p->n_parts, sizeof *p->choosings.c);
+    size_t from = take(&l, p->n_parts * g->m->n_layers, sizeof *p->choosings.from);
     tiles = take(&l, n_tiles, sizeof *p->d_tiles);
     items = take(&l, n_items, sizeof *p->d_items);
     ibid_err err = ibidi_gpu_reserve(g, &g->tables, l.used);
@@ -135,6 +138,11 @@ static ibid_err make_tables(pass *p) {
     p->wanted = (void *)(h + wanted);
     p->draw = (void *)(h + draw);
     p->d_draw = (const void *)(d + draw);
+    p->choosings = (ibidi_gpu_choosings){.seqs = p->seqs + p->n_parts,
+                                         .c = (void *)(h + choosings),
+                                         .from = (void *)(h + from),
+                                         .d_c = (const void *)(d + choosings),
+                                         .d_from = (const void *)(d + from)};
     p->d_rows = (const void *)(d + rows);
     p->d_seqs = (const void *)(d + seqs);
     p->d_cos = (const void *)(d + cos);
@@ -480,6 +488,7 @@ static ibid_err put_start(const pass *p) {
     if (p->n_mass_pages)
         err = ibid_device_fill(g->d, g->work, g->mass.p, 0,
                                p->n_mass_pages * IBIDI_CU_PAGE * sizeof(float));
+    if (!err && p->selects) err = ibidi_gpu_choices_start(g, p->choices, p->n_parts);
     return err ? err : ibidi_cu_embed(g->work, &g->embed, p->d_rows, p->n_rows, g->x.p);
 }
 
@@ -509,10 +518,11 @@ static bool all_loaded(const ibid_seq *s, size_t n_layers) {
 
 /* Decoding with all KV there: one row of each sequence. */
 static bool is_steady(const pass *p) {
-    if (p->selects) return false; /* what they launch grows with the context */
     if (p->g->no_graphs || p->n_rows != p->n_parts || p->n_rows > IBIDI_GPU_PARTS) return false;
     for (size_t i = 0; i < p->n_parts; i++)
-        if (p->parts[i].n != 1 || !all_loaded(p->parts[i].step->seq, p->n_layers)) return false;
+        if (p->parts[i].n != 1 || !all_loaded(p->parts[i].step->seq, p->n_layers) ||
+            !ibidi_gpu_choice_steady(&p->choices[i]))
+            return false;
     return p->n_wanted <= IBIDI_GPU_LOGITS;
 }
 
@@ -523,7 +533,7 @@ static ibidi_gpu_key key_of(const pass *p) {
     ibidi_gpu_key k;
     const void *memory[] = {g->x.p,     g->y.p,    g->h.p,      g->h_scale.p, g->y_scale.p,
                             g->q.p,     g->lse.p,  g->tables.p, g->turned.p,  g->acc.p,
-                            g->state.p, g->mass.p, g->logits.p};
+                            g->state.p, g->mass.p, g->logits.p, g->chosen.p};
     memset(&k, 0, sizeof k);
     k.n_rows = p->n_rows;
     k.n_layers = p->n_layers;
@@ -537,6 +547,14 @@ static ibidi_gpu_key key_of(const pass *p) {
     }
     for (size_t i = 0; i < p->n_parts; i++) {
         const ibid_step *s = p->parts[i].step;
+        const ibidi_gpu_choice *c = &p->choices[i];
+        if (c->select) {
+            k.parts[i].selects = 1;
+            k.parts[i].measured = is_measured(c);
+            k.parts[i].grid = c->grid;
+            k.parts[i].room = c->c.room;
+            k.parts[i].n_chosen = s->probe ? c->c.n_chosen : 0;
+        }
         if (!s->probe) continue;
         k.parts[i].n_pages = s->seq->gpu->n_stored_pages + 1; /* probed, even if there are none */
         k.parts[i].lo = s->probe->row0;
@@ -578,7 +596,7 @@ static ibid_err run_pass(pass *p, const atomic_bool *cancel) {
     ibid_err err = make_tables(p);
     if (err) return err;
     fill_tables(p);
-    if (p->selects) err = ibidi_gpu_choices_place(g, p->choices, p->n_parts, p->seqs + p->n_parts);
+    if (p->selects) err = ibidi_gpu_choices_place(g, p->choices, p->n_parts, &p->choosings);
     if (!err)
         err = ibidi_cu_plan_make(&g->shape, p->pieces, p->n_parts + p->n_copies, p->rows, &g->plan);
     bool steady = is_steady(p);
@@ -589,7 +607,7 @@ static ibid_err run_pass(pass *p, const atomic_bool *cancel) {
     if (!err) err = steady ? run_steady(p, cancel) : run_layers(p, cancel);
     ibid_err copied = ibid_device_sync(g->d, g->copy), worked = ibid_device_sync(g->d, g->work);
     if (!err) err = copied ? copied : worked;
-    if (!err && p->selects) err = ibidi_gpu_choices_count(g, p->choices, p->n_parts, p->n_layers);
+    if (!err && p->selects) err = ibidi_gpu_choices_done(g, p->choices, p->n_parts, p->n_layers);
     ibidi_gpu_choices_drop(g, p->choices, p->n_parts);
     return err ? err : give_masses(p);
 }

@@ -9,7 +9,8 @@
 enum {
     LIVE_LAST = 128, /* live tokens that are always read, as on the CPU */
     LEAST = 256,     /* tokens read by default */
-    HEADS_MAX = 64   /* kv heads, of which single ones are brought: a word's bits */
+    HEADS_MAX = 64,  /* kv heads, of which single ones are brought: a word's bits */
+    GRID_STEP = 64   /* pages by which recorded launches grow */
 };
 
 static size_t width_of(const struct ibidi_gpu *g) {
@@ -81,14 +82,14 @@ ibid_err ibidi_gpu_choice_plan(struct ibidi_gpu *g, const ibid_step *step, ibidi
     return IBID_OK;
 }
 
-/* Where a choice's arrays lie in the scratch; returns what they take. */
+/* Where a choice's arrays lie in the scratch, whatever it will choose; returns what they take. */
 static size_t place(const struct ibidi_gpu *g, ibidi_gpu_choice *c, uint8_t *base, size_t used) {
-    size_t kv = g->m->n_kv_heads, slots = kv * c->c.n_chosen, at[7];
+    size_t kv = g->m->n_kv_heads, slots = kv * c->c.room, at[7];
     size_t bytes[] = {slots * sizeof *c->c.pages,
                       slots * sizeof *c->c.cells,
                       slots * sizeof *c->c.which,
                       kv * (g->shape.group + 1) * c->c.room * sizeof *c->c.weight,
-                      c->c.n_chosen * IBIDI_CU_PAGE * sizeof *c->mass,
+                      c->c.room * IBIDI_CU_PAGE * sizeof *c->mass,
                       kv * sizeof *c->c.read,
                       sizeof *c->recall};
     for (size_t i = 0; i < 7; i++) {
@@ -143,45 +144,72 @@ void ibidi_gpu_choices_drop(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_t n) 
     }
 }
 
+/* What of a choice goes to the device. from [n_layers]. */
+static void fill_choosing(const struct ibidi_gpu *g, ibidi_gpu_choice *c, ibidi_cu_seq *seqs,
+                          uint32_t *from) {
+    const struct ibidi_gpu_seq *q = c->seq->gpu;
+    ibidi_cu_choosing *a = &c->c;
+    a->seq = q->view;
+    a->summaries = q->summaries.p;
+    c->fresh = 0;
+    c->grid = ibid_align_up(a->last, GRID_STEP);
+    for (size_t l = 0; l < g->m->n_layers; l++) {
+        size_t fresh = q->summed[l] < a->last ? a->last - q->summed[l] : 0;
+        from[l] = a->last - (uint32_t)fresh;
+        if (fresh > c->fresh) c->fresh = fresh;
+    }
+    for (size_t h = 0; h < g->m->n_kv_heads; h++)
+        seqs[h] = (ibidi_cu_seq){.pages = a->pages + h * a->n_chosen,
+                                 .cells = a->cells + h * a->n_chosen,
+                                 .turns = a->seq.turns};
+}
+
 ibid_err ibidi_gpu_choices_place(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_t n,
-                                 ibidi_cu_seq *seqs) {
-    size_t kv = g->m->n_kv_heads, used = 0;
+                                 const ibidi_gpu_choosings *t) {
+    size_t kv = g->m->n_kv_heads, n_layers = g->m->n_layers, used = 0;
     ibid_err err = IBID_OK;
     for (size_t i = 0; i < n; i++)
         if (c[i].select) used = place(g, &c[i], NULL, used);
     if (used == 0) return IBID_OK;
     if ((err = ibidi_gpu_reserve(g, &g->chosen, used)) || (err = place_fetched(g, c, n)))
         return err;
+    memset(t->seqs, 0, n * kv * sizeof *t->seqs);
     used = 0;
-    for (size_t i = 0; !err && i < n; i++, seqs += kv) {
-        ibidi_cu_choosing *a = &c[i].c;
-        memset(seqs, 0, kv * sizeof *seqs);
+    for (size_t i = 0; i < n; i++) {
         if (!c[i].select) continue;
-        a->seq = c[i].seq->gpu->view;
         used = place(g, &c[i], g->chosen.p, used);
-        for (size_t h = 0; h < kv; h++)
-            seqs[h] = (ibidi_cu_seq){.pages = a->pages + h * a->n_chosen,
-                                     .cells = a->cells + h * a->n_chosen,
-                                     .turns = a->seq.turns};
-        if (!(err = ibid_device_fill(g->d, g->work, a->read, 0, kv * sizeof *a->read)))
-            err = ibid_device_fill(g->d, g->work, c[i].recall, 0, sizeof *c[i].recall);
+        c[i].there = t->d_c + i;
+        c[i].c.from = t->d_from + i * n_layers;
+        fill_choosing(g, &c[i], t->seqs + i * kv, t->from + i * n_layers);
+        t->c[i] = c[i].c;
+    }
+    return IBID_OK;
+}
+
+ibid_err ibidi_gpu_choices_start(struct ibidi_gpu *g, const ibidi_gpu_choice *c, size_t n) {
+    ibid_err err = IBID_OK;
+    for (size_t i = 0; !err && i < n; i++) {
+        if (!c[i].select) continue;
+        err =
+            ibid_device_fill(g->d, g->work, c[i].c.read, 0, g->m->n_kv_heads * sizeof *c[i].c.read);
+        if (!err) err = ibid_device_fill(g->d, g->work, c[i].recall, 0, sizeof *c[i].recall);
     }
     return err;
 }
 
+/* In steady decoding every 64th token makes a page that wants a summary: a launch for one is always
+ * there then, and mostly finds none. */
+bool ibidi_gpu_choice_steady(const ibidi_gpu_choice *c) {
+    return !c->select || (!c->fetches && c->fresh <= 1);
+}
+
 ibid_err ibidi_gpu_choose(struct ibidi_gpu *g, const ibidi_gpu_choice *c, size_t layer,
                           const float *q) {
-    struct ibidi_gpu_seq *s = c->seq->gpu;
-    ibidi_cu_choosing a = c->c;
-    a.layer = (uint32_t)layer;
-    a.summaries = (uint16_t *)s->summaries.p + layer * layer_halves(g, a.room);
-    ibid_err err = ibidi_cu_summarise(g->work, &g->shape, &a, s->summed[layer], a.last);
-    if (err) return err;
-    if (s->summed[layer] < a.last) s->summed[layer] = a.last;
-    err = ibidi_cu_choose(g->work, &g->shape, &a, q);
+    ibid_err err = ibidi_cu_summarise(g->work, &g->shape, c->there, layer, c->fresh ? c->fresh : 1);
+    if (!err) err = ibidi_cu_choose(g->work, &g->shape, c->there, layer, c->grid, q);
     if (err || !c->fetches) return err;
-    return ibid_device_download(g->d, g->work, c->which, a.which,
-                                g->m->n_kv_heads * a.n_chosen * sizeof *a.which);
+    return ibid_device_download(g->d, g->work, c->which, c->c.which,
+                                g->m->n_kv_heads * c->c.n_chosen * sizeof *c->which);
 }
 
 ibid_err ibidi_gpu_choice_mass(struct ibidi_gpu *g, const ibidi_gpu_choice *c,
@@ -203,12 +231,15 @@ ibid_err ibidi_gpu_choice_mass(struct ibidi_gpu *g, const ibidi_gpu_choice *c,
     return err;
 }
 
-ibid_err ibidi_gpu_choices_count(struct ibidi_gpu *g, const ibidi_gpu_choice *c, size_t n,
-                                 size_t n_layers) {
+ibid_err ibidi_gpu_choices_done(struct ibidi_gpu *g, const ibidi_gpu_choice *c, size_t n,
+                                size_t n_layers) {
     size_t kv = g->m->n_kv_heads;
     ibid_err err = IBID_OK;
     for (size_t i = 0; !err && i < n; i++) {
         if (!c[i].select) continue;
+        size_t *summed = c[i].seq->gpu->summed;
+        for (size_t l = 0; l < n_layers; l++)
+            if (summed[l] < c[i].c.last) summed[l] = c[i].c.last;
         uint32_t *read = ibid_calloc(kv, sizeof *read);
         if (!read) return ibid_fail(IBID_NOMEM, "no memory for what was read");
         float recall = 0;

@@ -46,14 +46,18 @@ IBIDI_DEV uint16_t half_above(float v) {
 
 /* A warp makes the summary of a page at a kv head; a lane has pairs lane, lane + 32, ... */
 __global__ void __launch_bounds__(32)
-    summary_kernel(ibidi_cu_shape m, ibidi_cu_choosing a, unsigned page0) {
+    summary_kernel(ibidi_cu_shape m, const ibidi_cu_choosing *table, unsigned layer) {
     __shared__ float space[IBIDI_CU_DIM_MAX];
-    unsigned lane = threadIdx.x, dim = m.head_dim, page = page0 + blockIdx.x, head = blockIdx.y;
+    const ibidi_cu_choosing a = *table;
+    unsigned lane = threadIdx.x, dim = m.head_dim, head = blockIdx.y;
+    unsigned page = a.from[layer] + blockIdx.x;
+    if (page >= a.last) return;
     const ibidi_cu_page p = a.seq.pages[page];
     const uint8_t *keys =
-        a.pool + ((size_t)a.seq.cells[(size_t)a.layer * a.seq.room + page] * m.n_kv_heads + head) *
+        a.pool + ((size_t)a.seq.cells[(size_t)layer * a.seq.room + page] * m.n_kv_heads + head) *
                      ibidi_cu_head_bytes(dim, m.q8);
-    uint16_t *out = a.summaries + ((size_t)head * a.room + page) * ibidi_cu_summary_width(dim);
+    uint16_t *out = a.summaries + (((size_t)layer * m.n_kv_heads + head) * a.room + page) *
+                                      ibidi_cu_summary_width(dim);
     float x[PAIRS] = {}, y[PAIRS] = {}, far[PAIRS] = {};
     unsigned count = 0, first, second;
     for (int pass = 0; pass < 2; pass++) {
@@ -106,12 +110,13 @@ __global__ void __launch_bounds__(32)
 
 /* A warp scores a page for the queries that share a kv head. */
 __global__ void __launch_bounds__(32 * SCORE_WARPS)
-    score_kernel(ibidi_cu_shape m, ibidi_cu_choosing a, const float *q) {
+    score_kernel(ibidi_cu_shape m, const ibidi_cu_choosing *table, unsigned layer, const float *q) {
+    const ibidi_cu_choosing a = *table;
     unsigned lane = threadIdx.x % 32, page = blockIdx.x * SCORE_WARPS + threadIdx.x / 32;
     unsigned head = blockIdx.y, dim = m.head_dim, first, second;
     if (page >= a.last) return;
-    const uint16_t *sum =
-        a.summaries + ((size_t)head * a.room + page) * ibidi_cu_summary_width(dim);
+    const uint16_t *sum = a.summaries + (((size_t)layer * m.n_kv_heads + head) * a.room + page) *
+                                            ibidi_cu_summary_width(dim);
     float *scores = a.weight + (size_t)head * (m.group + 1) * a.room + page;
     for (unsigned g = 0; g < m.group; g++) {
         const float *at = q + ((size_t)head * m.group + g) * dim;
@@ -128,31 +133,31 @@ __global__ void __launch_bounds__(32 * SCORE_WARPS)
 }
 
 IBIDI_DEV unsigned tokens_of(const ibidi_cu_page &p) {
-    uint64_t all = p.n < 64 ? (UINT64_C(1) << p.n) - 1 : UINT64_MAX, seen = p.keep & all;
-    unsigned n = 0;
-    for (; seen; seen &= seen - 1) n++;
-    return n;
+    return bits_of(p.keep & (p.n < 64 ? (UINT64_C(1) << p.n) - 1 : UINT64_MAX));
 }
 
 /* How a page ranks: its weight's bits, for they ascend with it; more if it is always read, 0 if
  * nothing is to be read in it. */
-IBIDI_DEV uint32_t rank_of(const ibidi_cu_choosing &a, const float *weight, unsigned i) {
+IBIDI_DEV uint32_t rank_of(const ibidi_cu_choosing &a, float weight, unsigned i) {
     uint32_t bits;
     if (i == 0 || i >= a.last) return UINT32_MAX;
     if (!tokens_of(a.seq.pages[i])) return 0;
-    memcpy(&bits, &weight[i], sizeof bits);
+    memcpy(&bits, &weight, sizeof bits);
     return bits < 0x7f800000u ? bits + 1 : 1; /* what is no number comes last */
 }
 
 /* A thread block chooses for a kv head. */
-__global__ void __launch_bounds__(THREADS) choose_kernel(ibidi_cu_shape m, ibidi_cu_choosing a) {
+__global__ void __launch_bounds__(THREADS)
+    choose_kernel(ibidi_cu_shape m, const ibidi_cu_choosing *table, unsigned layer) {
     __shared__ float space[33];
     __shared__ unsigned above[THREADS + 1], equal[THREADS + 1];
+    const ibidi_cu_choosing a = *table;
     unsigned head = blockIdx.x, me = threadIdx.x, n = a.n;
     const float *scores = a.weight + (size_t)head * (m.group + 1) * a.room;
     float *weight = a.weight + ((size_t)head * (m.group + 1) + m.group) * a.room;
+    uint32_t *ranks = (uint32_t *)(void *)weight; /* instead of the weights, in the end */
     /* Pages that are always read have no summaries, and no weight. */
-    for (unsigned i = me; i < a.last; i += THREADS) weight[i] = 0;
+    for (unsigned i = me; i < n; i += THREADS) weight[i] = 0;
     for (unsigned g = 0; g < m.group; g++, scores += a.room) {
         float most = -INFINITY, sum = 0;
         for (unsigned i = me; i < a.last; i += THREADS)
@@ -168,12 +173,13 @@ __global__ void __launch_bounds__(THREADS) choose_kernel(ibidi_cu_shape m, ibidi
             if (scores[i] <= most && tokens_of(a.seq.pages[i]))
                 weight[i] += exp2f(scores[i] - most) * inverse;
     }
+    for (unsigned i = me; i < n; i += THREADS) ranks[i] = rank_of(a, weight[i], i);
     __syncthreads();
     /* The largest rank that n_chosen pages reach, bit by bit. */
     uint32_t rank = 0;
     for (uint32_t bit = UINT32_C(1) << 31; bit; bit >>= 1) {
         float count = 0;
-        for (unsigned i = me; i < n; i += THREADS) count += rank_of(a, weight, i) >= (rank | bit);
+        for (unsigned i = me; i < n; i += THREADS) count += ranks[i] >= (rank | bit);
         count = block_reduce<false>(count, space);
         __syncthreads();
         if (count >= (float)a.n_chosen) rank |= bit;
@@ -184,7 +190,7 @@ __global__ void __launch_bounds__(THREADS) choose_kernel(ibidi_cu_shape m, ibidi
     if (to > n) to = n;
     unsigned more = 0, same = 0;
     for (unsigned i = from; i < to; i++) {
-        uint32_t r = rank_of(a, weight, i);
+        uint32_t r = ranks[i];
         more += r > rank;
         same += r == rank;
     }
@@ -209,17 +215,17 @@ __global__ void __launch_bounds__(THREADS) choose_kernel(ibidi_cu_shape m, ibidi
     at = above[me] + (same < taken ? same : taken);
     size_t base = (size_t)head * a.n_chosen;
     for (unsigned i = from; i < to; i++) {
-        uint32_t r = rank_of(a, weight, i);
+        uint32_t r = ranks[i];
         if (r < rank || (r == rank && same++ >= taken)) continue;
         a.pages[base + at] = a.seq.pages[i];
-        a.cells[base + at] = a.seq.cells[(size_t)a.layer * a.seq.room + i];
+        a.cells[base + at] = a.seq.cells[(size_t)layer * a.seq.room + i];
         a.which[base + at++] = i;
         if (i < a.last) read += tokens_of(a.seq.pages[i]);
     }
     for (unsigned i = end + me; i < a.n_chosen; i += THREADS) {
         ibidi_cu_page none = {0, 0, 0, 0, 0};
         a.pages[base + i] = none;
-        a.cells[base + i] = a.seq.cells[(size_t)a.layer * a.seq.room]; /* it is not looked at */
+        a.cells[base + i] = a.seq.cells[(size_t)layer * a.seq.room]; /* it is not looked at */
         a.which[base + i] = UINT32_MAX;
     }
     float all = block_reduce<false>((float)read, space);
@@ -251,20 +257,22 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 extern "C" ibid_err ibidi_cu_summarise(ibidi_cu_stream s, const ibidi_cu_shape *m,
-                                       const ibidi_cu_choosing *a, size_t page0, size_t page1) {
-    if (page0 >= page1) return IBID_OK;
-    return launch("summarise", summary_kernel, dim3((unsigned)(page1 - page0), m->n_kv_heads), 32,
-                  0, s, *m, *a, (unsigned)page0);
+                                       const ibidi_cu_choosing *a, size_t layer, size_t n) {
+    if (n == 0) return IBID_OK;
+    return launch("summarise", summary_kernel, dim3((unsigned)n, m->n_kv_heads), 32, 0, s, *m, a,
+                  (unsigned)layer);
 }
 
 extern "C" ibid_err ibidi_cu_choose(ibidi_cu_stream s, const ibidi_cu_shape *m,
-                                    const ibidi_cu_choosing *a, const float *q) {
-    if (a->last == 0 || a->n_chosen == 0) return IBID_OK;
+                                    const ibidi_cu_choosing *a, size_t layer, size_t n,
+                                    const float *q) {
+    if (n == 0) return IBID_OK;
     ibid_err err = launch("page scores", score_kernel,
-                          dim3((a->last + SCORE_WARPS - 1) / SCORE_WARPS, m->n_kv_heads),
-                          32 * SCORE_WARPS, 0, s, *m, *a, q);
+                          dim3((unsigned)((n + SCORE_WARPS - 1) / SCORE_WARPS), m->n_kv_heads),
+                          32 * SCORE_WARPS, 0, s, *m, a, (unsigned)layer, q);
     return err ? err
-               : launch("choose", choose_kernel, dim3(m->n_kv_heads), THREADS, 0, s, *m, *a);
+               : launch("choose", choose_kernel, dim3(m->n_kv_heads), THREADS, 0, s, *m, a,
+                        (unsigned)layer);
 }
 
 extern "C" ibid_err ibidi_cu_spread_mass(ibidi_cu_stream s, const uint32_t *which, size_t n_chosen,

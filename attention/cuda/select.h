@@ -16,30 +16,32 @@ IBIDI_CU_BOTH uint32_t ibidi_cu_summary_width(uint32_t dim) {
     return (dim + dim / 2 + 31) / 32 * 32;
 }
 
-/* One row's choosing at a layer; pointers to device memory. */
+/* One row's choosing; pointers to device memory. It lies there itself, among the tables of a pass,
+ * so that launches do not depend on what grows with the context. */
 typedef struct ibidi_cu_choosing {
     ibidi_cu_seq seq;     /* the whole one */
-    uint32_t layer, room; /* room: of summaries and weights, in pages */
+    uint32_t room;        /* of summaries and weights, in pages; at least n */
     uint32_t n;           /* pages the row sees */
     uint32_t last;        /* those from here on are always read, and the first; at least 1 */
     uint32_t n_chosen;    /* at most n, and more than there are from `last` on */
+    const uint32_t *from; /* [n_layers] pages before this one have their summaries */
     const uint8_t *pool;
-    uint16_t *summaries;  /* [n_kv_heads, room, width] of this layer */
-    float *weight;        /* [n_kv_heads, group + 1, room]: scores, then weights */
+    uint16_t *summaries;  /* [n_layers, n_kv_heads, room, width] */
+    float *weight;        /* [n_kv_heads, group + 1, room]: scores, then ranks */
     ibidi_cu_page *pages; /* [n_kv_heads, n_chosen] the result, in order; empty ones last */
     uint32_t *cells;      /* the same: where in the pool */
     uint32_t *which;      /* the same: number in seq; UINT32_MAX: empty */
     uint32_t *read;       /* [n_kv_heads] += tokens in them */
 } ibidi_cu_choosing;
 
-/* Makes the summaries of pages [page0, page1), turned to their places; those up to `last` are
- * wanted.
- */
+/* Makes the summaries of a layer's pages from `from` up to `last`, turned to their places; n: at
+ * least as many. */
 ibid_err ibidi_cu_summarise(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibidi_cu_choosing *a,
-                            size_t page0, size_t page1);
-/* Chooses for the row with queries q [n_heads * head_dim] (those of ibidi_cu_finish_heads). */
+                            size_t layer, size_t n);
+/* Chooses for the row with queries q [n_heads * head_dim] (those of ibidi_cu_finish_heads). n: at
+ * least `last`. */
 ibid_err ibidi_cu_choose(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibidi_cu_choosing *a,
-                         const float *q);
+                         size_t layer, size_t n, const float *q);
 /* mass[64 which[i] + j] += chosen[64 i + j] for the chosen pages of a kv head that are among the
  * first n_stored. */
 ibid_err ibidi_cu_spread_mass(ibidi_cu_stream s, const uint32_t *which, size_t n_chosen,

@@ -21,7 +21,7 @@ typedef struct world {
     float turns[TURNS][IBIDI_CU_DIM_MAX];
     uint8_t *pool;
     float *q;
-    ibidi_cu_choosing d; /* on the device */
+    ibidi_cu_choosing d, *there; /* its pointers are the device's; itself, there */
 } world;
 
 static void make(world *w, size_t round) {
@@ -108,18 +108,18 @@ static void upload(world *w) {
                                        .cells = fx_up(cells, sizeof cells),
                                        .turns = fx_up(turns, TURNS * w->m.n_rot * sizeof *turns),
                                        .room = MAX_PAGES},
-                               .layer = 1,
                                .room = MAX_PAGES,
                                .n = (uint32_t)w->n,
                                .last = (uint32_t)w->last,
                                .n_chosen = (uint32_t)w->n_chosen,
                                .pool = fx_up(w->pool, w->n * kv * w->head_bytes),
-                               .summaries = fx_up(NULL, kv * MAX_PAGES * w->width * 2),
+                               .summaries = fx_up(NULL, 2 * kv * MAX_PAGES * w->width * 2),
                                .weight = fx_up(NULL, kv * (w->m.group + 1) * MAX_PAGES * 4),
                                .pages = fx_up(NULL, kv * w->n_chosen * sizeof(ibidi_cu_page)),
                                .cells = fx_up(NULL, kv * w->n_chosen * 4),
                                .which = fx_up(NULL, kv * w->n_chosen * 4),
                                .read = fx_up(zeros, kv * 4)};
+    w->there = fx_up(&w->d, sizeof w->d);
     free(turns);
 }
 
@@ -127,6 +127,7 @@ static void drop(world *w) {
     const void *all[] = {w->d.seq.pages, w->d.seq.cells, w->d.seq.turns, w->d.pool,  w->d.summaries,
                          w->d.weight,    w->d.pages,     w->d.cells,     w->d.which, w->d.read};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) fx_free((void *)(uintptr_t)all[i]);
+    fx_free(w->there);
     free(w->pool);
     free(w->q);
 }
@@ -254,14 +255,22 @@ static void one(size_t round) {
     uint16_t *sums = calloc(kv * MAX_PAGES * w.width, 2);
     ibidi_cu_page *pages = calloc(slots, sizeof *pages);
     uint32_t *cells = calloc(slots, 4), *which = calloc(slots, 4), read[HEADS];
-    MUST(ibidi_cu_summarise(fx.s, &w.m, &w.d, first, w.last)); /* in two goes */
-    MUST(ibidi_cu_summarise(fx.s, &w.m, &w.d, 0, first));
-    MUST(ibidi_cu_choose(fx.s, &w.m, &w.d, q));
-    fx_down(sums, w.d.summaries, kv * MAX_PAGES * w.width * 2);
+    for (size_t go = 0; go < 2; go++) { /* from page `first` on, then the others */
+        ibidi_cu_choosing d = w.d;
+        uint32_t from[2] = {0, go ? 0 : (uint32_t)first};
+        d.from = fx_up(from, sizeof from);
+        if (go) d.last = (uint32_t)first;
+        ibidi_cu_choosing *there = fx_up(&d, sizeof d);
+        MUST(ibidi_cu_summarise(fx.s, &w.m, there, 1, d.last - from[1] + fx_below(3)));
+        if (go) MUST(ibidi_cu_choose(fx.s, &w.m, w.there, 1, w.last + fx_below(9), q));
+        fx_down(read, w.d.read, kv * 4); /* waits */
+        fx_free(there);
+        fx_free((void *)(uintptr_t)d.from);
+    }
+    fx_down(sums, w.d.summaries + kv * MAX_PAGES * w.width, kv * MAX_PAGES * w.width * 2);
     fx_down(pages, w.d.pages, slots * sizeof *pages);
     fx_down(cells, w.d.cells, slots * 4);
     fx_down(which, w.d.which, slots * 4);
-    fx_down(read, w.d.read, kv * 4);
     check_summaries(&w, sums);
     for (size_t h = 0; h < kv; h++)
         check_chosen(&w, h, sums, pages + h * w.n_chosen, cells + h * w.n_chosen,

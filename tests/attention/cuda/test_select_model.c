@@ -52,8 +52,8 @@ static ibid_kv_view *encode(ibid_engine *e, const ibid_kv_view *prefix, size_t f
     return out;
 }
 
-static void open_gpu(const world *w, size_t pool, ibid_engine **out) {
-    ibid_engine_opts o = {.n_threads = 2, .backend = IBID_BACKEND_CUDA};
+static void open_gpu(const world *w, size_t pool, bool graphs, ibid_engine **out) {
+    ibid_engine_opts o = {.n_threads = 2, .backend = IBID_BACKEND_CUDA, .gpu_no_graphs = !graphs};
     o.gpu_kv = IBID_KV_F16;
     o.gpu_memory = pool;
     MUST(ibid_engine_open(w->m, &o, out));
@@ -71,9 +71,9 @@ static void open_world(world *w, const ibid_test_gguf *spec, size_t cells) {
     (void)unlink(path);
     MUST(ibid_engine_open(w->m, &(ibid_engine_opts){.n_threads = 2}, &w->cpu));
     memset(w->kv, 0, sizeof w->kv);
-    open_gpu(w, 64 << 20, &w->gpu);
+    open_gpu(w, 64 << 20, true, &w->gpu);
     w->small = NULL;
-    if (cells) open_gpu(w, cells * spec->n_kv_heads * ibidi_cu_head_bytes(64, 0), &w->small);
+    if (cells) open_gpu(w, cells * spec->n_kv_heads * ibidi_cu_head_bytes(64, 0), true, &w->small);
     w->kv[0] = encode(w->cpu, NULL, 0, PAGE);
     for (size_t i = 1; i <= BLOCKS; i++) w->kv[i] = encode(w->cpu, w->kv[0], 500 * i, BLOCK);
 }
@@ -251,12 +251,10 @@ static void batch(const world *w) {
     CHECK(apart(got[0].logits, got[1].logits, VOCAB) > 1e-3, "choosing changed nothing");
 }
 
-/* ---- A pool that does not hold the context ---- */
-
-static uint64_t streamed_steps(const ibid_engine *e) {
+static ibid_engine_gpu look_at(const ibid_engine *e) {
     ibid_engine_gpu look;
     CHECK(ibid_engine_gpu_look(e, &look), "no GPU");
-    return look.streamed_steps;
+    return look;
 }
 
 static void same(const outcome *got, const outcome *want, const char *what) {
@@ -267,6 +265,32 @@ static void same(const outcome *got, const outcome *want, const char *what) {
           "%s: counts differ", what);
 }
 
+/* Steps of an answer that choose, recorded and not: the same bits, while pages of live rows come to
+ * be chosen among, too, and now and then one is measured. */
+static void record(const world *w) {
+    enum { STEPS = 48, FIRST = 180 };
+    static outcome want, got;
+    ibid_engine *plain = NULL;
+    open_gpu(w, 64 << 20, false, &plain);
+    ibid_seq *a = start(w, w->gpu, FIRST, ID), *b = start(w, plain, FIRST, ID);
+    uint64_t before = look_at(w->gpu).graph_steps;
+    for (size_t i = 0; i < STEPS; i++) {
+        int32_t token = (int32_t)(17 * i % VOCAB);
+        uint64_t least = (6 + i / 20) * PAGE;
+        decode_on(w->gpu, a, token, FIRST + i, least, i % 8 == 7, &got);
+        decode_on(plain, b, token, FIRST + i, least, i % 8 == 7, &want);
+        same(&got, &want, "recorded");
+    }
+    before = look_at(w->gpu).graph_steps - before;
+    printf("%llu of %d steps that choose ran recorded\n", (unsigned long long)before, STEPS);
+    CHECK(before > STEPS / 2 && look_at(plain).graph_steps == 0, "steps were not recorded");
+    ibid_seq_close(a);
+    ibid_seq_close(b);
+    ibid_engine_close(plain);
+}
+
+/* ---- A pool that does not hold the context ---- */
+
 /* Steps of an answer over a context that passes through the small pool, against the large one: bit
  * by bit the same. */
 static void stream_one(const world *w, uint64_t id, size_t n) {
@@ -276,11 +300,11 @@ static void stream_one(const world *w, uint64_t id, size_t n) {
         bool measure;
         uint64_t passes; /* of all the context */
     } steps[9] = {{0, false, 1},        {6 * PAGE, false, 1}, {6 * PAGE, false, 0},
-                 {6 * PAGE, false, 0}, {6 * PAGE, true, 1},  {7 * PAGE, false, 0},
-                 {0, false, 1},        {5 * PAGE, false, 0}, {6 * PAGE, false, 0}};
+                  {6 * PAGE, false, 0}, {6 * PAGE, true, 1},  {7 * PAGE, false, 0},
+                  {0, false, 1},        {5 * PAGE, false, 0}, {6 * PAGE, false, 0}};
     ibid_seq *g = start(w, w->gpu, LIVE, id), *s = start(w, w->small, LIVE, id);
     for (size_t i = 0; i < n; i++) {
-        uint64_t before = streamed_steps(w->small);
+        uint64_t before = look_at(w->small).streamed_steps;
         int32_t token = (int32_t)(31 * i % VOCAB);
 #ifdef IBIDI_EMULATED
         uint64_t bytes = ibidi_emulator_uploaded();
@@ -294,7 +318,7 @@ static void stream_one(const world *w, uint64_t id, size_t n) {
 #endif
         decode_on(w->gpu, g, token, LIVE + i, steps[i].least, steps[i].measure, &want);
         same(&got, &want, "streamed");
-        CHECK(streamed_steps(w->small) - before == steps[i].passes, "step %zu streamed", i);
+        CHECK(look_at(w->small).streamed_steps - before == steps[i].passes, "step %zu streamed", i);
     }
     ibid_seq_close(g);
     ibid_seq_close(s);
@@ -346,7 +370,7 @@ static void stream_crowded(const world *w) {
     ibid_seq_close(s);
 }
 
-static void stream(void) {
+static void deep(void) {
     world w;
     ibid_test_gguf spec = {.n_layers = 8,
                            .n_embd = 128,
@@ -395,9 +419,10 @@ int main(void) {
         compare(&w, LIVE, 9, &worst);
         compare(&w, 3 * LIVE, 5, &worst); /* a live page may be left out too */
         batch(&w);
+        if (i) record(&w);
         close_world(&w);
     }
-    stream();
+    deep();
     printf("all passed, logits %.2g apart at most\n", worst);
     return 0;
 }

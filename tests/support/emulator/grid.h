@@ -145,6 +145,9 @@ IBIDI_DEV float shuffle_xor(float v, int mask) {
 IBIDI_DEV uint4 load_stream(const uint4 *p) {
     return *p;
 }
+IBIDI_DEV unsigned bits_of(uint64_t v) {
+    return (unsigned)__builtin_popcountll(v);
+}
 
 ibid_err ibidi_emulator_put(void *s, const char *what, std::function<void()> f);
 
