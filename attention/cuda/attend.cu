@@ -3,13 +3,14 @@
  * brought in by asynchronous copies several slices ahead, so that warps wait for each other only at
  * the end, when their softmax states are merged; items of a tile are merged by merge_kernel.
  *
- * Scores are q k^T with the stored int8 as exact halves, scaled per 32 dimensions behind the
- * product; values are scaled before theirs. In fine tiles rows 8 to 15 of the left operand hold the
- * rounding errors of rows 0 to 7, of queries and then of weights: their sum is as good as f32, at
- * no cost, since decoding has no more rows than that to fill the tensor core with. Coarse tiles
- * multiply keys with their queries' rounding errors too, half as much work again: scores of sharp
- * attention are large, and their errors with them. Online softmax: arXiv: 1805.02867; splitting and
- * merging by log-sum-exp: arXiv:2205.14135. */
+ * Over q8_0 pages scores are products of bytes: the stored keys as they are with both planes of the
+ * queries, scaled per 32 dimensions behind the product; values become halves, and the weights take
+ * their scales. Over f16 pages both are products of halves. In fine tiles rows 8 to 15 of the left
+ * operand hold the rounding errors (or low planes) of rows 0 to 7, of queries and then of weights:
+ * their sum is as good as f32, at no cost, since decoding has no more rows than that to fill the
+ * tensor core with. Coarse tiles multiply keys with what rounding their queries left, too, half as
+ * much work again: scores of sharp attention are large, and their errors with them. Online softmax:
+ * arXiv:1805.02867; splitting and merging by log-sum-exp: arXiv:2205.14135. */
 #include "attention/cuda/dialect.h"
 
 enum { SLICE = 16, SLICES = IBIDI_CU_PAGE / SLICE };
@@ -24,17 +25,27 @@ template <int P, bool q8> struct slice {
     static constexpr int V = SLICE * K_ROW, K_SCALE = V + SLICE * V_ROW, V_SCALE = K_SCALE + SCALES;
     static constexpr int BYTES = V_SCALE + SCALES;
     static constexpr int WARPS = 4 * 2 * BYTES > 98304 ? 2 : 4;
-    static constexpr int FIT = 98304 / (WARPS * BYTES);
-    static constexpr int STAGES = FIT > 4 ? 4 : FIT;
+    /* Three thread blocks share the 228 KiB of a unit of an H100 or H200 where two stages allow it:
+     * their warps hide each other's waits, and together as many bytes are on the way. */
+    static constexpr int THIRD = 233472 / 3 - 1024, FIT = THIRD / (WARPS * BYTES);
+    static constexpr int STAGES = FIT > 4 ? 4 : FIT < 2 ? 98304 / (WARPS * BYTES) : FIT;
     static_assert(STAGES >= 2, "a slice is computed while the next one is on its way");
     static_assert(WARPS * STAGES * BYTES <= 99 * 1024, "what compute capability 8.6 and 8.9 have");
     static_assert(WARPS * IBIDI_CU_TILE * (DIM + 2) * 4 <= WARPS * STAGES * BYTES,
                   "the warps' states are laid down there at the end");
 };
 
-/* The two unsigned bytes of w with 0x80 flipped in, in the low bytes of its halves, as halves. */
-IBIDI_DEV uint32_t halves_of(uint32_t w) {
-    return h2_sub((w & 0x00ff00ffu) ^ 0x64806480u, 0x64806480u);
+/* Bytes of two words, of each the ones in the same place side by side, as halves, exactly: a byte
+ * with its sign flipped behind 0x64 is 1152 more than it was as a half (Kim et al. 2022,
+ * arXiv:2211.10017). */
+IBIDI_DEV void halves_of(uint32_t first, uint32_t second, uint32_t out[4]) {
+    constexpr uint32_t SIGNS = 0x80808080u, HIGH = 0x64646464u, BIAS = 0x64806480u;
+    uint32_t a = bytes_of(first ^ SIGNS, second ^ SIGNS, 0x5140u);
+    uint32_t b = bytes_of(first ^ SIGNS, second ^ SIGNS, 0x7362u);
+    out[0] = h2_sub(bytes_of(a, HIGH, 0x4140u), BIAS);
+    out[1] = h2_sub(bytes_of(a, HIGH, 0x4342u), BIAS);
+    out[2] = h2_sub(bytes_of(b, HIGH, 0x4140u), BIAS);
+    out[3] = h2_sub(bytes_of(b, HIGH, 0x4342u), BIAS);
 }
 
 /* Rows g and g + 8 of a lane: how far they see. */
@@ -60,111 +71,169 @@ IBIDI_DEV sight look(const ibidi_cu_shape &m, const ibidi_cu_tile &t, const ibid
     return s;
 }
 
-/* Queries of a tile as a turn wants them; returns where the rest of coarse ones lies. */
-IBIDI_DEV const uint4 *load_queries(uint4 *q, int n, const uint16_t *turned,
-                                    const ibidi_cu_tile &tile, uint32_t turn, bool fine) {
-    size_t at = (size_t)tile.turned0 + (fine ? 1 : 2) * (size_t)turn;
-    const uint4 *from =
-        (const uint4 *)(const void *)turned + at * (size_t)n * 32 + threadIdx.x % 32;
+/* The queries of a tile as a turn wants them. rest: where what rounding coarse ones left lies; fine
+ * ones hold it beside them. */
+template <int P, bool q8, bool fine> struct query {
+    static constexpr int N = q8 ? P : 2 * P; /* 16 bytes of a lane */
+    uint4 high[N];
+    const uint4 *rest;
+    float scale[2]; /* of rows g, g + 8, for the low plane's unit; q8 only */
+
+    IBIDI_DEV_METHOD void load(const uint16_t *turned, const ibidi_cu_tile &tile, uint32_t turn) {
+        size_t n = fine ? 1 : 2, at = (size_t)tile.turned0 + n * turn;
+        const uint8_t *from =
+            (const uint8_t *)(const void *)turned + at * (32 * P * IBIDI_CU_TURNED);
+        const uint4 *mine = (const uint4 *)(const void *)from + threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < n; i++) q[i] = from[i * 32];
-    return fine ? NULL : from + n * 32;
-}
+        for (int i = 0; i < N; i++) high[i] = mine[i * 32];
+        rest = mine + N * 32;
+        if (!q8) return;
+        const float *s = (const float *)(const void *)(from + n * N * 512) + threadIdx.x % 32 / 4;
+        scale[0] = s[0] * (1.0f / 254);
+        if (!fine) scale[1] = s[8] * (1.0f / 254);
+    }
+};
 
-/* Both halves of a product of 32 dimensions: b of q, then of what rounding q left. */
-IBIDI_DEV void multiply(float c[4], const uint4 q[2], const uint32_t b[4]) {
-    mma_f16(c, q[0].x, q[0].y, q[0].z, q[0].w, b[0], b[1]);
-    mma_f16(c, q[1].x, q[1].y, q[1].z, q[1].w, b[2], b[3]);
-}
-
-/* Scores of a lane: s[0..3] of tokens 2t, 2t + 1 in rows g, g + 8; s[4..7] of tokens 8 later. row:
- * K of token g; step: bytes from one token's K to the next; scale: of token 0, P to a token. rest:
- * what rounding the queries left (not of fine tiles, which hold it beside them). */
-template <int P, bool q8>
-IBIDI_DEV void score(const uint4 q[2 * P], const uint4 *rest, const uint8_t *row, size_t step,
+/* Scores of a lane: s[0..3] of tokens 2t, 2t + 1 in rows g, g + 8; s[4..7] of tokens 8 later; of
+ * fine tiles those of row g are the sums with those of row g + 8. row: K of token g; step: bytes
+ * from one token's K to the next; scale: of token 0, P to a token. */
+template <int P, bool fine>
+IBIDI_DEV void score(const query<P, true, fine> &q, const uint8_t *row, size_t step,
                      const uint16_t *scale, float s[8]) {
     unsigned t = threadIdx.x % 4;
     for (int i = 0; i < 8; i++) s[i] = 0;
 #pragma unroll
     for (int p = 0; p < P; p++) {
-        uint4 r[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
-        if (rest) r[0] = rest[2 * p * 32], r[1] = rest[(2 * p + 1) * 32];
+        uint4 low = {0, 0, 0, 0};
+        if (!fine) low = q.rest[p * 32];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const uint8_t *k = row + (size_t)(8 * half) * step;
-            if (!q8) {
-                uint4 w = ((const uint4 *)(const void *)k)[4 * p + (int)t];
-                uint32_t b[4] = {w.x, w.y, w.z, w.w};
-                multiply(s + 4 * half, q + 2 * p, b);
-                if (rest) multiply(s + 4 * half, r, b);
-                continue;
-            }
             const uint16_t *sc = scale + (8 * half + 2 * (int)t) * P;
             uint2 w = ((const uint2 *)(const void *)k)[4 * p + (int)t];
-            float c[4] = {0, 0, 0, 0};
-            uint32_t b[4] = {
-                halves_of(bytes_of(w.x, 0, 0x1100u)), halves_of(bytes_of(w.x, 0, 0x3322u)),
-                halves_of(bytes_of(w.y, 0, 0x1100u)), halves_of(bytes_of(w.y, 0, 0x3322u))};
-            multiply(c, q + 2 * p, b);
-            if (rest) multiply(c, r, b);
+            int32_t c[4], d[4] = {0, 0, 0, 0};
             float s0 = f16_to_f32(sc[p]), s1 = f16_to_f32(sc[P + p]);
-            s[4 * half] += c[0] * s0;
-            s[4 * half + 1] += c[1] * s1;
-            s[4 * half + 2] += c[2] * s0;
-            s[4 * half + 3] += c[3] * s1;
+            mma_s8(c, q.high[p], w.x, w.y);
+            if (!fine) mma_s8(d, low, w.x, w.y);
+            s[4 * half] += (float)(c[0] * 254 + (fine ? c[2] : d[0])) * s0;
+            s[4 * half + 1] += (float)(c[1] * 254 + (fine ? c[3] : d[1])) * s1;
+            if (!fine) s[4 * half + 2] += (float)(c[2] * 254 + d[2]) * s0;
+            if (!fine) s[4 * half + 3] += (float)(c[3] * 254 + d[3]) * s1;
         }
+    }
+    for (int i = 0; i < 8; i++) {
+        if (i % 4 < 2)
+            s[i] *= q.scale[0];
+        else if (!fine)
+            s[i] *= q.scale[1];
     }
 }
 
-/* acc += weights a times the slice's values. valid: bits of the tokens that may be read. */
-template <int P, bool q8>
-IBIDI_DEV void add_values(const uint32_t a[4], const uint8_t *v, const uint16_t *scale,
-                          unsigned valid, float acc[4 * P][4]) {
-    constexpr int ROW = slice<P, q8>::V_ROW;
-    unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const uint8_t *at = v + 2 * t * ROW;
-    uint32_t on[4];
-    for (unsigned i = 0; i < 4; i++) on[i] = valid >> (2 * t + i % 2 + i / 2 * 8) & 1 ? 0xffffu : 0;
-    uint32_t on0 = on[0] | on[1] << 16, on1 = on[2] | on[3] << 16;
+/* Both halves of a product of 32 dimensions. */
+IBIDI_DEV void multiply(float c[4], const uint4 q[2], const uint4 &b) {
+    mma_f16(c, q[0].x, q[0].y, q[0].z, q[0].w, b.x, b.y);
+    mma_f16(c, q[1].x, q[1].y, q[1].z, q[1].w, b.z, b.w);
+}
+
+template <int P, bool fine>
+IBIDI_DEV void score(const query<P, false, fine> &q, const uint8_t *row, size_t step,
+                     const uint16_t *scale, float s[8]) {
+    (void)scale;
+    for (int i = 0; i < 8; i++) s[i] = 0;
 #pragma unroll
     for (int p = 0; p < P; p++) {
-        if (q8) {
-            const uint8_t *from = at + 32 * p + 4 * g;
-            const uint16_t *s = scale + 2 * t * P + p;
-            uint32_t w[4], s0 = ((uint32_t)s[0] | (uint32_t)s[P] << 16) & on0;
-            uint32_t s1 = ((uint32_t)s[8 * P] | (uint32_t)s[9 * P] << 16) & on1;
-            for (int i = 0; i < 4; i++)
-                w[i] = *(const uint32_t *)(const void *)(from + (i % 2 + i / 2 * 8) * ROW);
+        uint4 low[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+        if (!fine) low[0] = q.rest[2 * p * 32], low[1] = q.rest[(2 * p + 1) * 32];
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                uint32_t pick = (uint32_t)j * 0x1111u + 0x4400u; /* byte j of each */
-                uint32_t b0 = h2_mul(halves_of(bytes_of(w[0], w[1], pick)), s0);
-                uint32_t b1 = h2_mul(halves_of(bytes_of(w[2], w[3], pick)), s1);
-                mma_f16(acc[4 * p + j], a[0], a[1], a[2], a[3], b0, b1);
-            }
+        for (int half = 0; half < 2; half++) {
+            const uint8_t *k = row + (size_t)(8 * half) * step;
+            uint4 w = ((const uint4 *)(const void *)k)[4 * p + (int)(threadIdx.x % 4)];
+            multiply(s + 4 * half, q.high + 2 * p, w);
+            if (!fine) multiply(s + 4 * half, low, w);
+        }
+    }
+    if (fine)
+        for (int i = 0; i < 8; i++) s[i] += i % 4 < 2 ? s[i + 2] : 0;
+}
+
+/* acc += weights a times the slice's values, of q8_0: the scales go to the weights. fine: rows 8 to
+ * 15 of a hold what rounding rows 0 to 7 left, and get what rounding their products leaves. valid:
+ * bits of the tokens that may be read. */
+template <int P, bool fine>
+IBIDI_DEV void add_values_q8(const uint32_t a[4], const uint8_t *v, const uint16_t *scale,
+                             const uint32_t on[2], float acc[4 * P][4]) {
+    constexpr int ROW = slice<P, true>::V_ROW;
+    unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const uint8_t *at = v + 2 * t * ROW + 4 * g;
+    const uint16_t *s = scale + 2 * t * P;
+#pragma unroll
+    for (int p = 0; p < P; p++) {
+        uint32_t w[4], b[4], v0[4], v1[4];
+        uint32_t s0 = ((uint32_t)s[p] | (uint32_t)s[P + p] << 16) & on[0];
+        uint32_t s1 = ((uint32_t)s[8 * P + p] | (uint32_t)s[9 * P + p] << 16) & on[1];
+        for (int i = 0; i < 4; i++)
+            w[i] = *(const uint32_t *)(const void *)(at + 32 * p + (i % 2 + i / 2 * 8) * ROW);
+        b[0] = h2_mul(a[0], s0);
+        b[2] = h2_mul(a[2], s1);
+        if (fine) {
+            b[1] = h2_fma(a[1], s0, h2_fma(a[0], s0, h2_minus(b[0])));
+            b[3] = h2_fma(a[3], s1, h2_fma(a[2], s1, h2_minus(b[2])));
         } else {
-            const uint8_t *from = at + 64 * p + 8 * g;
-            uint2 w[4];
-            for (int i = 0; i < 4; i++)
-                w[i] = *(const uint2 *)(const void *)(from + (i % 2 + i / 2 * 8) * ROW);
+            b[1] = h2_mul(a[1], s0);
+            b[3] = h2_mul(a[3], s1);
+        }
+        halves_of(w[0], w[1], v0);
+        halves_of(w[2], w[3], v1);
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                uint32_t pick = j % 2 ? 0x7632u : 0x5410u; /* the high halves, or the low ones */
-                uint32_t b0 =
-                    bytes_of(j / 2 ? w[0].y : w[0].x, j / 2 ? w[1].y : w[1].x, pick) & on0;
-                uint32_t b1 =
-                    bytes_of(j / 2 ? w[2].y : w[2].x, j / 2 ? w[3].y : w[3].x, pick) & on1;
-                mma_f16(acc[4 * p + j], a[0], a[1], a[2], a[3], b0, b1);
-            }
+        for (int j = 0; j < 4; j++) mma_f16(acc[4 * p + j], b[0], b[1], b[2], b[3], v0[j], v1[j]);
+    }
+}
+
+/* The same of f16. */
+template <int P>
+IBIDI_DEV void add_values_f16(const uint32_t a[4], const uint8_t *v, const uint32_t on[2],
+                              float acc[4 * P][4]) {
+    constexpr int ROW = slice<P, false>::V_ROW;
+    unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const uint8_t *at = v + 2 * t * ROW + 8 * g;
+#pragma unroll
+    for (int p = 0; p < P; p++) {
+        uint2 w[4];
+        for (int i = 0; i < 4; i++)
+            w[i] = *(const uint2 *)(const void *)(at + 64 * p + (i % 2 + i / 2 * 8) * ROW);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint32_t pick = j % 2 ? 0x7632u : 0x5410u; /* the high halves, or the low ones */
+            uint32_t b0 = bytes_of(j / 2 ? w[0].y : w[0].x, j / 2 ? w[1].y : w[1].x, pick) & on[0];
+            uint32_t b1 = bytes_of(j / 2 ? w[2].y : w[2].x, j / 2 ? w[3].y : w[3].x, pick) & on[1];
+            mma_f16(acc[4 * p + j], a[0], a[1], a[2], a[3], b0, b1);
         }
     }
 }
 
+template <int P, bool q8, bool fine>
+IBIDI_DEV void add_values(const uint32_t a[4], const uint8_t *v, const uint16_t *scale,
+                          unsigned valid, float acc[4 * P][4]) {
+    unsigned t = threadIdx.x % 4;
+    uint32_t on[2] = {UINT32_MAX, UINT32_MAX};
+    for (unsigned i = 0; valid != 0xffffu && i < 2; i++) {
+        unsigned bits = valid >> (2 * t + 8 * i);
+        on[i] = (bits & 1 ? 0xffffu : 0) | (bits & 2 ? 0xffff0000u : 0);
+    }
+    if constexpr (q8)
+        add_values_q8<P, fine>(a, v, scale, on, acc);
+    else
+        add_values_f16<P>(a, v, on, acc);
+}
+
+IBIDI_DEV uint32_t cell_of(const ibidi_cu_attend &a, const ibidi_cu_seq &s, unsigned page) {
+    return s.cells[(size_t)a.layer * s.room + page];
+}
+
 template <int P, bool q8>
-IBIDI_DEV const uint8_t *head_of(const ibidi_cu_shape &m, const ibidi_cu_attend &a,
-                                 const ibidi_cu_seq &s, unsigned page, unsigned kv_head) {
-    size_t cell = s.cells[(size_t)a.layer * s.room + page];
-    return a.pool + (cell * m.n_kv_heads + kv_head) * ibidi_cu_head_bytes(32 * P, q8);
+IBIDI_DEV const uint8_t *head_of(const ibidi_cu_shape &m, const ibidi_cu_attend &a, uint32_t cell,
+                                 unsigned kv_head) {
+    return a.pool + ((size_t)cell * m.n_kv_heads + kv_head) * ibidi_cu_head_bytes(32 * P, q8);
 }
 
 /* Begins to copy a slice; head: the page at its kv head. */
@@ -173,10 +242,21 @@ template <int P, bool q8> IBIDI_DEV void fetch(uint8_t *to, const uint8_t *head,
     constexpr int CHUNKS = S::ROW / 16;
     constexpr size_t PLANE = (size_t)IBIDI_CU_PAGE * S::ROW, SCALE = (size_t)SLICES * S::SCALES;
     const uint8_t *k = head + (size_t)n_slice * SLICE * S::ROW, *v = k + PLANE;
+    if (32 % CHUNKS == 0) { /* a lane stays in its column, and its rows are known beforehand */
+        int lane = (int)(threadIdx.x % 32), row = lane / CHUNKS, column = lane % CHUNKS * 16;
+        uint8_t *to_k = to + row * S::K_ROW + column, *to_v = to + S::V + row * S::V_ROW + column;
+#pragma unroll
+        for (int i = 0; i < SLICE * CHUNKS / 32; i++) {
+            constexpr int ROWS = 32 / CHUNKS;
+            copy16_async(to_k + i * ROWS * S::K_ROW, k + lane * 16 + i * 512);
+            copy16_async(to_v + i * ROWS * S::V_ROW, v + lane * 16 + i * 512);
+        }
+    } else {
 #pragma unroll 4
-    for (int i = (int)(threadIdx.x % 32); i < SLICE * CHUNKS; i += 32) {
-        copy16_async(to + i / CHUNKS * S::K_ROW + i % CHUNKS * 16, k + (size_t)i * 16);
-        copy16_async(to + S::V + i / CHUNKS * S::V_ROW + i % CHUNKS * 16, v + (size_t)i * 16);
+        for (int i = (int)(threadIdx.x % 32); i < SLICE * CHUNKS; i += 32) {
+            copy16_async(to + i / CHUNKS * S::K_ROW + i % CHUNKS * 16, k + (size_t)i * 16);
+            copy16_async(to + S::V + i / CHUNKS * S::V_ROW + i % CHUNKS * 16, v + (size_t)i * 16);
+        }
     }
     if (!q8) return;
     const uint8_t *scale = head + 2 * PLANE + (size_t)n_slice * S::SCALES;
@@ -186,6 +266,10 @@ template <int P, bool q8> IBIDI_DEV void fetch(uint8_t *to, const uint8_t *head,
     }
 }
 
+/* Weights are 2^(score - largest + LIFT), so that small ones do not vanish as halves, nor when they
+ * take the values' scales. */
+#define LIFT 6.0f
+
 /* The softmax state of a lane's rows g and g + 8 (the same one twice in fine tiles). sum is the
  * lane's own share. */
 template <int P> struct running {
@@ -194,36 +278,35 @@ template <int P> struct running {
 };
 
 template <int P, bool q8, bool fine>
-IBIDI_DEV void attend_slice(running<P> &r, const uint4 q[2 * P], const uint4 *rest,
-                            const uint8_t *at, const ibidi_cu_page &page, unsigned n_slice,
-                            unsigned valid, const sight &see) {
+IBIDI_DEV void attend_slice(running<P> &r, const query<P, q8, fine> &q, const uint8_t *at,
+                            const ibidi_cu_page &page, unsigned n_slice, unsigned valid,
+                            const sight &see) {
     using S = slice<P, q8>;
     unsigned t = threadIdx.x % 4, token0 = n_slice * SLICE;
     float s[8], p[8], low[8];
-    score<P, q8>(q, fine ? NULL : rest, at + (threadIdx.x % 32 / 4) * S::K_ROW, S::K_ROW,
-                 (const uint16_t *)(const void *)(at + S::K_SCALE), s);
-    if (fine)
-        for (int i = 0; i < 8; i++) s[i] += i % 4 < 2 ? s[i + 2] : 0;
+    score<P, fine>(q, at + (threadIdx.x % 32 / 4) * S::K_ROW, S::K_ROW,
+                   (const uint16_t *)(const void *)(at + S::K_SCALE), s);
     float factor[2] = {1, 1};
 #pragma unroll
     for (int h = 0; h < (fine ? 1 : 2); h++) {
         unsigned seen = see.of(page, h), lasts = seen > token0 ? seen - token0 : 0;
         float largest = -INFINITY;
-        for (int i = 0; i < 4; i++) {
-            unsigned j = 2 * t + (unsigned)(i % 2 + i / 2 * 8);
-            float *v = &s[i % 2 + i / 2 * 4 + 2 * h];
-            if (!(valid >> j & 1) || j >= lasts) *v = -INFINITY;
-            largest = fmaxf(largest, *v);
-        }
+        if (valid != 0xffffu || lasts < SLICE)
+            for (int i = 0; i < 4; i++) {
+                unsigned j = 2 * t + (unsigned)(i % 2 + i / 2 * 8);
+                if (!(valid >> j & 1) || j >= lasts) s[i % 2 + i / 2 * 4 + 2 * h] = -INFINITY;
+            }
+        for (int i = 0; i < 4; i++) largest = fmaxf(largest, s[i % 2 + i / 2 * 4 + 2 * h]);
         largest = fmaxf(largest, shuffle_xor(largest, 1));
         largest = fmaxf(largest, shuffle_xor(largest, 2));
         float max = fmaxf(r.max[h], largest);
-        factor[h] = max == r.max[h] ? 1 : exp2f(r.max[h] - max);
+        float unit = max > -INFINITY ? max - LIFT : 0; /* else nothing is seen yet */
+        factor[h] = max == r.max[h] ? 1 : exp2_of(r.max[h] - max);
         r.max[h] = max;
         r.sum[h] *= factor[h];
         for (int i = 0; i < 4; i++) {
             int k = i % 2 + i / 2 * 4 + 2 * h;
-            p[k] = s[k] > -INFINITY ? exp2f(s[k] - max) : 0;
+            p[k] = exp2_of(s[k] - unit);
             r.sum[h] += p[k];
         }
     }
@@ -236,13 +319,15 @@ IBIDI_DEV void attend_slice(running<P> &r, const uint4 q[2 * P], const uint4 *re
             }
         }
     }
+    if (factor[0] != 1 || factor[1] != 1) { /* seldom, once much was seen */
 #pragma unroll
-    for (int i = 0; i < 4 * P; i++) {
-        for (int k = 0; k < 4; k++) r.acc[i][k] *= factor[k / 2];
+        for (int i = 0; i < 4 * P; i++) {
+            for (int k = 0; k < 4; k++) r.acc[i][k] *= factor[k / 2];
+        }
     }
     uint32_t a[4] = {h2_of(p[0], p[1]), h2_of(p[2], p[3]), h2_of(p[4], p[5]), h2_of(p[6], p[7])};
-    add_values<P, q8>(a, at + S::V, (const uint16_t *)(const void *)(at + S::V_SCALE), valid,
-                      r.acc);
+    add_values<P, q8, fine>(a, at + S::V, (const uint16_t *)(const void *)(at + S::V_SCALE), valid,
+                            r.acc);
 }
 
 /* Lays a warp's state down: rows [n], then accumulators [n, DIM]. */
@@ -256,7 +341,7 @@ template <int P, bool fine> IBIDI_DEV void lay_down(const running<P> &r, float *
         sum += shuffle_xor(sum, 2);
         unsigned row = g + 8 * (unsigned)h;
         if (t == 0) {
-            state[2 * row] = r.max[h];
+            state[2 * row] = r.max[h] - LIFT;
             state[2 * row + 1] = sum;
         }
 #pragma unroll
@@ -272,7 +357,7 @@ template <int P, bool fine> IBIDI_DEV void lay_down(const running<P> &r, float *
 
 /* A slice's number in an item counts over its pages. */
 template <int P, bool q8, bool fine>
-__global__ void __launch_bounds__(32 * slice<P, q8>::WARPS)
+__global__ void __launch_bounds__(32 * slice<P, q8>::WARPS, P > 4 ? 1 : 3)
     attention_kernel(ibidi_cu_shape m, ibidi_cu_attend a) {
     using S = slice<P, q8>;
     constexpr unsigned DIM = 32 * P, ROWS = fine ? IBIDI_CU_TILE_FINE : IBIDI_CU_TILE;
@@ -284,39 +369,45 @@ __global__ void __launch_bounds__(32 * slice<P, q8>::WARPS)
     unsigned warp = threadIdx.x / 32, n = (item.page1 - item.page0) * SLICES;
     uint8_t *stages = memory + warp * S::STAGES * S::BYTES;
     sight see = look(m, tile, a.rows, fine);
-    uint4 q[2 * P];
-    const uint4 *rest = NULL;
+    query<P, q8, fine> q;
     uint32_t turn = UINT32_MAX;
     running<P> r = {{-INFINITY, -INFINITY}, {0, 0}, {}};
+    constexpr unsigned AHEAD = (S::STAGES - 1) * S::WARPS;
 #pragma unroll
-    for (int i = 0; i < S::STAGES - 1; i++) {
-        unsigned next = warp + (unsigned)(i * S::WARPS);
+    for (unsigned i = 0; i < AHEAD; i += S::WARPS) {
+        unsigned next = warp + i;
         if (next < n)
-            fetch<P, q8>(stages + i * S::BYTES,
-                         head_of<P, q8>(m, a, seq, item.page0 + next / SLICES, tile.kv_head),
-                         next % SLICES);
+            fetch<P, q8>(
+                stages + i / S::WARPS * S::BYTES,
+                head_of<P, q8>(m, a, cell_of(a, seq, item.page0 + next / SLICES), tile.kv_head),
+                next % SLICES);
         copy_commit();
     }
+    /* What the next round needs of the tables is read in this one. */
+    uint32_t cell = 0;
+    ibidi_cu_page coming = {0, 0, 0, 0, 0};
+    if (warp + AHEAD < n) cell = cell_of(a, seq, item.page0 + (warp + AHEAD) / SLICES);
+    if (warp < n) coming = seq.pages[item.page0 + warp / SLICES];
     int stage = 0;
     for (unsigned i = warp; i < n; i += S::WARPS) {
-        unsigned next = i + (S::STAGES - 1) * S::WARPS;
+        unsigned next = i + AHEAD, n_slice = i % SLICES;
+        const ibidi_cu_page page = coming;
         copy_wait<S::STAGES - 2>();
         sync_warp();
         if (next < n)
             fetch<P, q8>(stages + (stage + S::STAGES - 1) % S::STAGES * S::BYTES,
-                         head_of<P, q8>(m, a, seq, item.page0 + next / SLICES, tile.kv_head),
-                         next % SLICES);
+                         head_of<P, q8>(m, a, cell, tile.kv_head), next % SLICES);
         copy_commit();
-        const ibidi_cu_page page = seq.pages[item.page0 + i / SLICES];
-        unsigned n_slice = i % SLICES,
-                 left = page.n > n_slice * SLICE ? page.n - n_slice * SLICE : 0;
+        next += S::WARPS;
+        if (next < n) cell = cell_of(a, seq, item.page0 + next / SLICES);
+        if (i + S::WARPS < n) coming = seq.pages[item.page0 + (i + S::WARPS) / SLICES];
+        unsigned left = page.n > n_slice * SLICE ? page.n - n_slice * SLICE : 0;
         unsigned valid = (unsigned)(page.keep >> (n_slice * SLICE)) & 0xffffu;
         if (left < SLICE) valid &= (1u << left) - 1;
         if (valid) {
-            if (page.turn != turn) rest = load_queries(q, 2 * P, a.turned, tile, page.turn, fine);
+            if (page.turn != turn) q.load(a.turned, tile, page.turn);
             turn = page.turn;
-            attend_slice<P, q8, fine>(r, q, rest, stages + stage * S::BYTES, page, n_slice, valid,
-                                      see);
+            attend_slice<P, q8, fine>(r, q, stages + stage * S::BYTES, page, n_slice, valid, see);
         }
         stage = (stage + 1) % S::STAGES;
     }
@@ -381,9 +472,9 @@ __global__ void __launch_bounds__(32 * MERGE_WARPS)
 
 /* ---- Attention mass ---- */
 
-template <int P, bool q8>
+template <int P, bool q8, bool fine>
 __global__ void __launch_bounds__(32 * SLICES)
-    mass_kernel(ibidi_cu_shape m, ibidi_cu_attend a, unsigned tile0, unsigned n_tiles, int fine,
+    mass_kernel(ibidi_cu_shape m, ibidi_cu_attend a, unsigned tile0, unsigned n_tiles,
                 const uint64_t *heads, unsigned row_lo, unsigned row_hi, const float *lse,
                 float *mass) {
     using S = slice<P, q8>;
@@ -394,14 +485,14 @@ __global__ void __launch_bounds__(32 * SLICES)
     float sums[4] = {0, 0, 0, 0}; /* tokens 2t, 2t + 1, 2t + 8, 2t + 9 */
     for (unsigned k = 0; k < n_tiles; k++) {
         const ibidi_cu_tile t = a.tiles[tile0 + k];
-        const uint8_t *head = head_of<P, q8>(m, a, seq, blockIdx.x, t.kv_head);
-        sight see = look(m, t, a.rows, fine != 0);
-        uint4 q[2 * P];
+        const uint8_t *head = head_of<P, q8>(m, a, cell_of(a, seq, blockIdx.x), t.kv_head);
+        sight see = look(m, t, a.rows, fine);
+        query<P, q8, fine> q;
         float s[8];
-        const uint4 *rest = load_queries(q, 2 * P, a.turned, t, page.turn, fine != 0);
+        q.load(a.turned, t, page.turn);
         const uint16_t *scale = (const uint16_t *)(const void *)(head + 2 * IBIDI_CU_PAGE * S::ROW);
-        score<P, q8>(q, rest, head + (size_t)(n_slice * SLICE + lane / 4) * S::ROW, S::ROW,
-                     scale + (q8 ? n_slice * SLICE * P : 0), s);
+        score<P, fine>(q, head + (size_t)(n_slice * SLICE + lane / 4) * S::ROW, S::ROW,
+                       scale + (q8 ? n_slice * SLICE * P : 0), s);
         for (int h = 0; h < 2; h++) {
             unsigned j = lane / 4 + 8 * (unsigned)h, pair = t.pair0 + j;
             unsigned row = t.row0 + pair / m.group, hd = t.kv_head * m.group + pair % m.group;
@@ -412,8 +503,8 @@ __global__ void __launch_bounds__(32 * SLICES)
             for (int i = 0; i < 4; i++) {
                 unsigned token = 2 * (lane % 4) + (unsigned)(i % 2 + i / 2 * 8);
                 int at = i % 2 + i / 2 * 4 + 2 * h;
-                float v = fine ? s[at] + s[at + 2] : s[at];
-                if (valid >> token & 1 && n_slice * SLICE + token < seen) sums[i] += exp2f(v - end);
+                if (valid >> token & 1 && n_slice * SLICE + token < seen)
+                    sums[i] += exp2f(s[at] - end);
             }
         }
     }
@@ -476,9 +567,11 @@ static ibid_err start_mass(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibi
                            size_t tile0, size_t n_tiles, int fine, size_t n_pages,
                            const uint64_t *heads, uint32_t lo, uint32_t hi, const float *lse,
                            float *mass) {
-    return launch("mass", m->q8 ? mass_kernel<P, true> : mass_kernel<P, false>,
-                  dim3((unsigned)n_pages), 32 * SLICES, 0, s, *m, *a, (unsigned)tile0,
-                  (unsigned)n_tiles, fine, heads, (unsigned)lo, (unsigned)hi, lse, mass);
+    auto kernel = m->q8  ? fine ? mass_kernel<P, true, true> : mass_kernel<P, true, false>
+                   : fine ? mass_kernel<P, false, true>
+                         : mass_kernel<P, false, false>;
+    return launch("mass", kernel, dim3((unsigned)n_pages), 32 * SLICES, 0, s, *m, *a,
+                  (unsigned)tile0, (unsigned)n_tiles, heads, (unsigned)lo, (unsigned)hi, lse, mass);
 }
 
 extern "C" ibid_err ibidi_cu_mass(ibidi_cu_stream s, const ibidi_cu_shape *m,

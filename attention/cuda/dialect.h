@@ -45,6 +45,9 @@ IBIDI_DEV uint32_t h2_mul(uint32_t a, uint32_t b) {
 IBIDI_DEV uint32_t h2_fma(uint32_t a, uint32_t b, uint32_t c) {
     return h2_out(__hfma2(h2_in(a), h2_in(b), h2_in(c)));
 }
+IBIDI_DEV uint32_t h2_minus(uint32_t a) {
+    return h2_out(__hneg2(h2_in(a)));
+}
 IBIDI_DEV float f16_to_f32(uint16_t h) {
     return __half2float(__ushort_as_half(h));
 }
@@ -55,6 +58,12 @@ IBIDI_DEV uint16_t f32_to_f16(float f) {
 IBIDI_DEV uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t s) {
     return __byte_perm(a, b, s);
 }
+/* a & b | c, as one instruction also where two of them are constants. */
+IBIDI_DEV uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t out;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+}
 /* c [16, 8] += a [16, 16] b [16, 8], fragments as in the PTX ISA, mma.m16n8k16. */
 IBIDI_DEV void mma_f16(float c[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                        uint32_t b1) {
@@ -62,6 +71,19 @@ IBIDI_DEV void mma_f16(float c[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32
                  "{%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+/* c [16, 8] = a [16, 32] b [32, 8] in integers, as mma.m16n8k32 has its fragments. */
+IBIDI_DEV void mma_s8(int32_t c[4], const uint4 &a, uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+                 "{%8,%9}, {%10,%10,%10,%10};"
+                 : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(0));
+}
+/* 2^v to 2 units in the last place, 0 below 2^-126. */
+IBIDI_DEV float exp2_of(float v) {
+    float e;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(v));
+    return e;
 }
 /* 16 bytes from global to shared memory; done once the thread has waited for its group. */
 IBIDI_DEV void copy16_async(void *shared, const void *global) {

@@ -73,7 +73,7 @@ static ibid_err reserve(struct ibidi_gpu *g, const pass *p) {
         (err = ibidi_gpu_reserve(g, &g->y_scale, n * f)) ||
         (err = ibidi_gpu_reserve(g, &g->q, n * g->q_dim * f)) ||
         (err = ibidi_gpu_reserve(g, &g->lse, n * m->n_heads * f)) ||
-        (err = ibidi_gpu_reserve(g, &g->turned, g->plan.n_turned * m->head_dim * 32)) ||
+        (err = ibidi_gpu_reserve(g, &g->turned, g->plan.n_turned * m->head_dim * IBIDI_CU_TURNED)) ||
         (err = ibidi_gpu_reserve(g, &g->acc, g->plan.n_states * m->head_dim * f)) ||
         (err = ibidi_gpu_reserve(g, &g->state, g->plan.n_states * 2 * f)) ||
         (err = ibidi_gpu_reserve(g, &g->mass, p->n_mass_pages * IBIDI_CU_PAGE * f)) ||

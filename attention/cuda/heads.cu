@@ -110,11 +110,42 @@ __global__ void __launch_bounds__(THREADS) finish_kernel(ibidi_cu_shape m, ibidi
     put_head(v, parts, is_k ? at : at + plane, (uint16_t *)(void *)scales, r->live % IBIDI_CU_PAGE);
 }
 
+/* A turned query, in two parts: as halves and what that rounding left, or as bytes of two planes. */
+template <bool q8>
+IBIDI_DEV void split_head(const float v[PARTS], unsigned parts, uint16_t *high, uint16_t *low,
+                          float *scale) {
+    unsigned lane = threadIdx.x % 32;
+    float largest = 0;
+    if (q8) {
+#pragma unroll
+        for (unsigned i = 0; i < PARTS; i++)
+            if (i < parts) largest = fmaxf(largest, fabsf(v[i]));
+        largest = warp_max(largest);
+        if (lane == 0) *scale = largest * (1.0f / 127);
+    }
+    float inverse = largest > 0 ? 127 / largest : 0;
+#pragma unroll
+    for (unsigned i = 0; i < PARTS; i++) {
+        if (i >= parts) break;
+        if (q8) {
+            float h = fminf(fmaxf(rintf(v[i] * inverse), -127.0f), 127.0f);
+            float l = fminf(fmaxf(rintf((v[i] * inverse - h) * 254), -127.0f), 127.0f);
+            high[32 * i + lane] = (uint8_t)(int8_t)h;
+            low[32 * i + lane] = (uint8_t)(int8_t)l;
+        } else {
+            uint16_t h = f32_to_f16(v[i]);
+            high[32 * i + lane] = h;
+            low[32 * i + lane] = f32_to_f16(v[i] - f16_to_f32(h));
+        }
+    }
+}
+
 /* A block turns the queries of a tile for one turn; y: the turn. */
+template <bool q8>
 __global__ void __launch_bounds__(THREADS)
     turn_kernel(ibidi_cu_shape m, const ibidi_cu_tile *tiles, int fine, const ibidi_cu_seq *seqs,
                 const float *q, uint16_t *turned) {
-    __shared__ float space[WARPS][IBIDI_CU_DIM_MAX];
+    __shared__ float space[WARPS][IBIDI_CU_DIM_MAX], scales[IBIDI_CU_TILE];
     __shared__ uint16_t rounded[2 * IBIDI_CU_TILE][IBIDI_CU_DIM_MAX + 8];
     const ibidi_cu_tile t = tiles[blockIdx.x];
     unsigned turn = blockIdx.y, dim = m.head_dim, parts = dim / 32;
@@ -132,26 +163,28 @@ __global__ void __launch_bounds__(THREADS)
         for (unsigned i = 0; i < PARTS; i++)
             if (i < parts && j < t.n) v[i] = from[32 * i + lane];
         if (c) turn_head(v, parts, m.n_rot, m.pair_next, c, c + m.n_rot / 2, space[warp]);
-        if (m.q8) spread_head(v, parts);
-#pragma unroll
-        for (unsigned i = 0; i < PARTS; i++) {
-            if (i >= parts) break;
-            uint16_t h = f32_to_f16(v[i]);
-            rounded[j][32 * i + lane] = h;
-            rounded[j + n][32 * i + lane] = f32_to_f16(v[i] - f16_to_f32(h));
-        }
+        if (q8) spread_head(v, parts);
+        split_head<q8>(v, parts, rounded[j], rounded[j + n], &scales[j]);
     }
     __syncthreads();
-    /* Product i of part p: lane 4g + t holds dimensions 32 p + 8 t + 4 i + {0, 1}, then + {2, 3}.
-     */
-    unsigned each = dim / 16 * 128, parts_of = fine ? 1 : 2;
-    uint32_t *to = (uint32_t *)(void *)turned + ((size_t)t.turned0 + parts_of * turn) * each;
-    for (unsigned k = threadIdx.x; k < parts_of * each; k += THREADS) {
-        unsigned r = k % 4, l = k / 4 % 32, i = k / 128 % 2, p = k % each / 256;
-        unsigned d = 32 * p + 8 * (l % 4) + 4 * i + 2 * (r / 2);
-        unsigned row = k / each * IBIDI_CU_TILE + l / 4 + 8 * (r % 2);
-        to[k] = (uint32_t)rounded[row][d] | (uint32_t)rounded[row][d + 1] << 16;
+    /* f16: product i of part p: lane 4g + t holds dimensions 32 p + 8 t + 4 i + {0, 1}, then + {2,
+     * 3}; bytes: of part p 32 p + 8 t + {0 .. 3}, then + {4 .. 7}. */
+    unsigned each = parts * (q8 ? 128 : 256), n_planes = fine ? 1 : 2;
+    size_t at = (size_t)t.turned0 + n_planes * turn;
+    uint32_t *to = (uint32_t *)(void *)turned + at * dim * (IBIDI_CU_TURNED / 4);
+    for (unsigned k = threadIdx.x; k < n_planes * each; k += THREADS) {
+        unsigned r = k % 4, l = k / 4 % 32, row = k / each * IBIDI_CU_TILE + l / 4 + 8 * (r % 2);
+        const uint16_t *x = rounded[row];
+        if (q8) {
+            x += 32 * (k % each / 128) + 8 * (l % 4) + 4 * (r / 2);
+            to[k] = (uint32_t)x[0] | (uint32_t)x[1] << 8 | (uint32_t)x[2] << 16 |
+                    (uint32_t)x[3] << 24;
+        } else {
+            x += 32 * (k % each / 256) + 8 * (l % 4) + 4 * (k / 128 % 2) + 2 * (r / 2);
+            to[k] = (uint32_t)x[0] | (uint32_t)x[1] << 16;
+        }
     }
+    if (q8 && threadIdx.x < n) memcpy(&to[n_planes * each + threadIdx.x], &scales[threadIdx.x], 4);
 }
 
 extern "C" ibid_err ibidi_cu_finish_heads(ibidi_cu_stream s, const ibidi_cu_shape *m,
@@ -167,5 +200,6 @@ extern "C" ibid_err ibidi_cu_turn(ibidi_cu_stream s, const ibidi_cu_shape *m,
                                   uint16_t *turned) {
     if (n_tiles == 0 || max_turned == 0) return IBID_OK;
     dim3 grid((unsigned)n_tiles, (unsigned)max_turned);
-    return launch("turn", turn_kernel, grid, THREADS, 0, s, *m, tiles, fine, seqs, q, turned);
+    return launch("turn", m->q8 ? turn_kernel<true> : turn_kernel<false>, grid, THREADS, 0, s, *m,
+                  tiles, fine, seqs, q, turned);
 }

@@ -67,8 +67,11 @@ ibid_err ibidi_cu_finish_heads(ibidi_cu_stream s, const ibidi_cu_shape *m, const
                                size_t n);
 
 /* The queries of tiles [0, n_tiles) turned for each of their sequence's turns, as fragments of the
- * left operand of mma, f16: [turned0 + turn][dim / 16][lane] 16 bytes. Fine tiles hold each query's
- * rounding error in rows 8 to 15; coarse ones in a second fragment: [turned0 + 2 turn + 0, 1]. max_turned: the largest n_turned. */
+ * left operand of mma; turned: [turned0 + turn] (coarse tiles: [turned0 + 2 turn], two of them) of
+ * IBIDI_CU_TURNED head_dim bytes. For f16 pages f16: [dim / 16][lane] 16 bytes. For q8_0 ones two
+ * planes of bytes, q = scale (high + low / 254): [dim / 32][lane] 16 bytes a plane, then scale [16]
+ * f32. Fine tiles hold each query's rounding error, or low plane, in rows 8 to 15; coarse ones in
+ * fragments of its own behind the first. max_turned: the largest n_turned. */
 ibid_err ibidi_cu_turn(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibidi_cu_tile *tiles,
                        size_t n_tiles, size_t max_turned, int fine, const ibidi_cu_seq *seqs,
                        const float *q, uint16_t *turned);

@@ -36,6 +36,7 @@ enum {
     IBIDI_CU_MATS = 3,      /* matrices with the same input that one launch multiplies */
     IBIDI_CU_TILE = 16,     /* query rows (token rows times heads) of an attention tile ... */
     IBIDI_CU_TILE_FINE = 8, /* ... and of a fine one, whose queries are held twice as precisely */
+    IBIDI_CU_TURNED = 32,   /* bytes of a tile's turned queries a dimension, at most */
     IBIDI_CU_DIM_MAX = 256
 };
 

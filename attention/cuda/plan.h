@@ -9,9 +9,9 @@
 
 #include <stdbool.h>
 
-enum {
-    IBIDI_CU_BLOCKS = 528
-}; /* thread blocks that a step is cut into: four to a unit of an H200 */
+/* Thread blocks that a step is cut into: three to a unit of an H200, which it runs at once
+ * (attend.cu), so that none is left for a second round that few units would work on. */
+enum { IBIDI_CU_BLOCKS = 396 };
 
 /* Rows [row0, row0 + n) of the pass: a step of a sequence. */
 typedef struct ibidi_cu_piece {

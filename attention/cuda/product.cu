@@ -1,7 +1,8 @@
 /* Products of few rows of activations with packed weights, bound by the weights' bytes: each tile
  * of weights is read once, 16 bytes a lane, turned into the tensor core's left operand in
- * registers, and meets up to 64 rows. A thread block takes one panel of 16 weight rows; its warps
- * share out the panel's tiles and add up at the end, in a fixed order. */
+ * registers, and meets up to 64 rows. A thread block takes a panel of 16 weight rows, or two where
+ * rows are so many that reading them (8 KiB for a tile's 1 KiB) would take longer than reading
+ * weights; its warps share out the panels' tiles and add up at the end, in a fixed order. */
 #include "attention/cuda/dialect.h"
 
 enum { WARPS = 8, THREADS = 32 * WARPS, ROWS = IBIDI_CU_ROWS, COLS = IBIDI_CU_COLS };
@@ -53,8 +54,12 @@ template <> struct part<IBIDI_CU_U4> {
         uint32_t v = j == 0 ? w.x : j == 1 ? w.y : j == 2 ? w.z : w.w;
         uint32_t d[2] = {bytes_of(scale.x, 0, 0x1010u), bytes_of(scale.y, 0, 0x1010u)};
         uint32_t m[2] = {bytes_of(scale.x, 0, 0x3232u), bytes_of(scale.y, 0, 0x3232u)};
-        for (int r = 0; r < 4; r++) { /* nibbles behind 0x64 are halves from 1024 on */
-            uint32_t u = h2_sub((v >> (4 * r) & 0x000f000fu) | 0x64006400u, 0x64006400u);
+        for (int r = 0; r < 4; r++) {
+            uint32_t x = r < 2 ? v : v >> 8, u;
+            if (r % 2 == 0) /* nibbles behind 0x64 are halves from 1024 on, */
+                u = h2_sub(and_or(x, 0x000f000fu, 0x64006400u), 0x64006400u);
+            else /* and one place higher 16 times as far on: / 16 - 64 */
+                u = h2_fma(and_or(x, 0x00f000f0u, 0x64006400u), 0x2c002c00u, 0xd400d400u);
             a[r] = h2_fma(u, d[r & 1], m[r & 1]);
         }
     }
@@ -69,57 +74,77 @@ struct product_args {
     float *y;
 };
 
-/* NT: tiles of 8 rows of activations. */
-template <int type, int NT>
-IBIDI_DEV void product_panel(const product_args &a, const ibidi_cu_matrix &w, unsigned panel,
-                             float acc[NT][4]) {
-    constexpr int DEEP = type == IBIDI_CU_F16  ? 1
-                         : type == IBIDI_CU_I8 ? 2
-                                               : 4; /* tiles under way */
-    unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    size_t bytes = ibidi_cu_tile_bytes((ibidi_cu_type)type);
-    const uint8_t *tiles = w.data + (size_t)panel * w.k_tiles * bytes;
-    const uint16_t *h = a.h + (size_t)(lane / 4) * a.ldh + 16 * (lane % 4);
-    part<type> p[DEEP];
-    for (unsigned k0 = warp; k0 < w.k_tiles; k0 += WARPS * DEEP) {
-#pragma unroll
-        for (int i = 0; i < DEEP; i++) {
-            unsigned k = k0 + (unsigned)i * WARPS;
-            if (k < w.k_tiles) p[i].load(tiles + k * bytes, lane);
-        }
+/* A warp's tiles of a round: DEEP of each of MT panels. Where a panel is missing, the first again.
+ */
+template <int type, int MT, int DEEP> struct batch {
+    part<type> p[DEEP][MT];
+    IBIDI_DEV_METHOD void load(const ibidi_cu_matrix &w, unsigned panel0, unsigned k0) {
+        unsigned lane = threadIdx.x % 32;
+        size_t bytes = ibidi_cu_tile_bytes((ibidi_cu_type)type), row = w.k_tiles * bytes;
 #pragma unroll
         for (int i = 0; i < DEEP; i++) {
             unsigned k = k0 + (unsigned)i * WARPS;
             if (k >= w.k_tiles) break;
-            uint32_t f[4][4];
 #pragma unroll
-            for (int j = 0; j < 4; j++) p[i].expand(j, f[j]);
+            for (unsigned q = 0; q < MT; q++) {
+                unsigned panel = panel0 + q < w.panels ? panel0 + q : panel0;
+                p[i][q].load(w.data + panel * row + k * bytes, lane);
+            }
+        }
+    }
+};
+
+/* NT: tiles of 8 rows of activations; MT: panels, from panel0 on. */
+template <int type, int NT, int MT>
+IBIDI_DEV void product_panels(const product_args &a, const ibidi_cu_matrix &w, unsigned panel0,
+                              float acc[MT][NT][4]) {
+    constexpr int ALL = type == IBIDI_CU_F16 ? 1 : type == IBIDI_CU_I8 ? 2 : 4;
+    constexpr int DEEP = MT > 1 ? 1 : ALL;
+    constexpr unsigned STEP = WARPS * DEEP;
+    /* With many rows few warps fit a unit: the next round's tiles come during this one's products.
+     */
+    constexpr bool EARLY = MT > 1;
+    unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const uint16_t *h = a.h + (size_t)(lane / 4) * a.ldh + 16 * (lane % 4);
+    batch<type, MT, DEEP> now, next;
+    if (EARLY && warp < w.k_tiles) next.load(w, panel0, warp);
+    for (unsigned k0 = warp; k0 < w.k_tiles; k0 += STEP) {
+        if (EARLY) {
+            now = next;
+            if (k0 + STEP < w.k_tiles) next.load(w, panel0, k0 + STEP);
+        } else
+            now.load(w, panel0, k0);
+#pragma unroll
+        for (int i = 0; i < DEEP; i++) {
+            unsigned k = k0 + (unsigned)i * WARPS;
+            if (k >= w.k_tiles) break;
+            uint32_t f[MT][4][4];
+#pragma unroll
+            for (int q = 0; q < MT; q++)
+                for (int j = 0; j < 4; j++) now.p[i][q].expand(j, f[q][j]);
 #pragma unroll
             for (int t = 0; t < NT; t++) {
                 const uint4 *b =
                     (const uint4 *)(const void *)(h + (size_t)(8 * t) * a.ldh + k * COLS);
                 uint4 b0 = b[0], b1 = b[1];
-                mma_f16(acc[t], f[0][0], f[0][1], f[0][2], f[0][3], b0.x, b0.y);
-                mma_f16(acc[t], f[1][0], f[1][1], f[1][2], f[1][3], b0.z, b0.w);
-                mma_f16(acc[t], f[2][0], f[2][1], f[2][2], f[2][3], b1.x, b1.y);
-                mma_f16(acc[t], f[3][0], f[3][1], f[3][2], f[3][3], b1.z, b1.w);
+#pragma unroll
+                for (int q = 0; q < MT; q++) {
+                    uint32_t(*g)[4] = f[q];
+                    mma_f16(acc[q][t], g[0][0], g[0][1], g[0][2], g[0][3], b0.x, b0.y);
+                    mma_f16(acc[q][t], g[1][0], g[1][1], g[1][2], g[1][3], b0.z, b0.w);
+                    mma_f16(acc[q][t], g[2][0], g[2][1], g[2][2], g[2][3], b1.x, b1.y);
+                    mma_f16(acc[q][t], g[3][0], g[3][1], g[3][2], g[3][3], b1.z, b1.w);
+                }
             }
         }
     }
 }
 
-template <int NT> __global__ void __launch_bounds__(THREADS) product_kernel(product_args a) {
-    IBIDI_DYNAMIC_SHARED(memory);
-    float *sums = (float *)memory; /* [WARPS, 8 NT, ROWS] */
-    unsigned panel = blockIdx.x, m = 0, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    while (panel >= a.w[m].panels) panel -= a.w[m++].panels;
-    float acc[NT][4] = {};
-    if (a.w[m].type == IBIDI_CU_U4)
-        product_panel<IBIDI_CU_U4, NT>(a, a.w[m], panel, acc);
-    else if (a.w[m].type == IBIDI_CU_I8)
-        product_panel<IBIDI_CU_I8, NT>(a, a.w[m], panel, acc);
-    else
-        product_panel<IBIDI_CU_F16, NT>(a, a.w[m], panel, acc);
+/* The warps' parts of a panel added up. sums [WARPS, 8 NT, ROWS]. */
+template <int NT>
+IBIDI_DEV void add_up(const product_args &a, unsigned m, unsigned panel, const float acc[NT][4],
+                      float *sums) {
+    unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
     for (int t = 0; t < NT; t++) {
         for (int i = 0; i < 4; i++) {
@@ -137,17 +162,44 @@ template <int NT> __global__ void __launch_bounds__(THREADS) product_kernel(prod
     }
 }
 
+template <int NT, int MT>
+__global__ void __launch_bounds__(THREADS) product_kernel(product_args a) {
+    IBIDI_DYNAMIC_SHARED(memory);
+    unsigned group = blockIdx.x, m = 0;
+    while (group >= (a.w[m].panels + MT - 1) / MT) group -= (a.w[m++].panels + MT - 1) / MT;
+    unsigned panel = group * MT;
+    float acc[MT][NT][4] = {};
+    if (a.w[m].type == IBIDI_CU_U4)
+        product_panels<IBIDI_CU_U4, NT, MT>(a, a.w[m], panel, acc);
+    else if (a.w[m].type == IBIDI_CU_I8)
+        product_panels<IBIDI_CU_I8, NT, MT>(a, a.w[m], panel, acc);
+    else
+        product_panels<IBIDI_CU_F16, NT, MT>(a, a.w[m], panel, acc);
+#pragma unroll
+    for (int q = 0; q < MT; q++) {
+        if (panel + (unsigned)q >= a.w[m].panels) break;
+        add_up<NT>(a, m, panel + (unsigned)q, acc[q], (float *)(void *)memory);
+        if (q + 1 < MT) __syncthreads();
+    }
+}
+
+template <int NT, int MT> static ibid_err start(ibidi_cu_stream s, const product_args &a) {
+    unsigned groups = 0;
+    for (unsigned i = 0; i < a.n_mats; i++) groups += (a.w[i].panels + MT - 1) / MT;
+    return launch("product", product_kernel<NT, MT>, dim3(groups), THREADS,
+                  WARPS * 8 * NT * ROWS * sizeof(float), s, a);
+}
+
 extern "C" ibid_err ibidi_cu_product(ibidi_cu_stream s, const ibidi_cu_matrix *mats, size_t n_mats,
                                      const uint16_t *h, size_t ldh, size_t n, float *y,
                                      size_t ldy) {
     product_args a = {};
-    unsigned panels = 0, y0 = 0;
+    unsigned y0 = 0;
     if (n == 0) return IBID_OK;
     for (size_t i = 0; i < n_mats && i < IBIDI_CU_MATS; i++) {
         a.w[i] = mats[i];
         a.y0[i] = y0;
         y0 += mats[i].rows;
-        panels += mats[i].panels;
     }
     a.n_mats = (uint32_t)n_mats;
     a.n = (uint32_t)n;
@@ -155,12 +207,10 @@ extern "C" ibid_err ibidi_cu_product(ibidi_cu_stream s, const ibidi_cu_matrix *m
     a.ldh = ldh;
     a.ldy = ldy;
     a.y = y;
-    size_t tiles = (n + 7) / 8, room = tiles <= 1 ? 1 : tiles <= 2 ? 2 : tiles <= 4 ? 4 : 8;
-    size_t shared = WARPS * 8 * room * ROWS * sizeof(float);
-    if (room == 1) return launch("product", product_kernel<1>, dim3(panels), THREADS, shared, s, a);
-    if (room == 2) return launch("product", product_kernel<2>, dim3(panels), THREADS, shared, s, a);
-    if (room == 4) return launch("product", product_kernel<4>, dim3(panels), THREADS, shared, s, a);
-    return launch("product", product_kernel<8>, dim3(panels), THREADS, shared, s, a);
+    if (n <= 8) return start<1, 1>(s, a);
+    if (n <= 16) return start<2, 1>(s, a);
+    if (n <= 32) return start<4, 2>(s, a);
+    return start<8, 2>(s, a);
 }
 
 /* ---- Weights as rows of f16 ---- */

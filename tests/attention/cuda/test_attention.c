@@ -151,7 +151,7 @@ static void upload(world *w, device_side *d, const float *q) {
     d->rows = fx_up(w->rows, w->n_rows * sizeof *w->rows);
     d->tiles = fx_up(d->plan.tiles, n_tiles * sizeof *d->tiles);
     d->items = fx_up(d->plan.items, n_items * sizeof *d->items);
-    d->turned = fx_up(NULL, d->plan.n_turned * m->head_dim * 32);
+    d->turned = fx_up(NULL, d->plan.n_turned * m->head_dim * IBIDI_CU_TURNED);
     d->acc = fx_up(NULL, d->plan.n_states * m->head_dim * 4);
     d->state = fx_up(NULL, d->plan.n_states * 8);
     d->lse = fx_up(NULL, w->n_rows * m->n_heads * 4);

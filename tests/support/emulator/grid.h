@@ -89,6 +89,9 @@ IBIDI_DEV uint32_t h2_mul(uint32_t a, uint32_t b) {
 IBIDI_DEV uint32_t h2_fma(uint32_t a, uint32_t b, uint32_t c) {
     return h2_of(fmaf(h2_lo(a), h2_lo(b), h2_lo(c)), fmaf(h2_hi(a), h2_hi(b), h2_hi(c)));
 }
+IBIDI_DEV uint32_t h2_minus(uint32_t a) {
+    return a ^ 0x80008000u;
+}
 IBIDI_DEV float f16_to_f32(uint16_t h) {
     return ibid_f16_to_f32(h);
 }
@@ -103,6 +106,9 @@ IBIDI_DEV uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t s) {
         out |= (uint32_t)byte << (8 * i);
     }
     return out;
+}
+IBIDI_DEV uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+    return (a & b) | c;
 }
 /* Fragments by the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": lane = 4
  * g
@@ -123,6 +129,25 @@ IBIDI_DEV void mma_f16(float c[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32
         }
         c[i] = (float)sum;
     }
+}
+/* By the same, "Matrix Fragments for mma.m16n8k32": a: registers 0..3 hold bytes (g, 4t..), (g + 8,
+ * 4t..), (g, 4t + 16..), (g + 8, 4t + 16..); b: (4t.., g), (4t + 16.., g). */
+IBIDI_DEV void mma_s8(int32_t c[4], const uint4 &a, uint32_t b0, uint32_t b1) {
+    uint32_t mine[6] = {a.x, a.y, a.z, a.w, b0, b1}, all[32][6];
+    memcpy(all, emulator::exchange(mine, sizeof mine), sizeof all);
+    unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    for (unsigned i = 0; i < 4; i++) {
+        unsigned row = g + 8 * (i / 2), col = 2 * t + i % 2;
+        c[i] = 0;
+        for (unsigned k = 0; k < 32; k++) {
+            uint32_t x = all[row % 8 * 4 + k % 16 / 4][row / 8 + 2 * (k / 16)];
+            uint32_t y = all[col * 4 + k % 16 / 4][4 + k / 16];
+            c[i] += (int8_t)(x >> 8 * (k % 4)) * (int8_t)(y >> 8 * (k % 4));
+        }
+    }
+}
+IBIDI_DEV float exp2_of(float v) {
+    return v < -126 ? 0 : exp2f(v);
 }
 IBIDI_DEV void copy16_async(void *shared, const void *global) {
     emulator::copy_async(shared, global);
