@@ -3,7 +3,7 @@
 #include "tests/support/gguf_write.h"
 
 int main(int argc, char **argv) {
-    ibid_test_gguf s = {.n_layers = 1,
+    ibid_test_gguf s = {.n_layers = 4,
                         .n_embd = 128,
                         .n_heads = 2,
                         .n_kv_heads = 1,
