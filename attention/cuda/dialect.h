@@ -116,8 +116,12 @@ template <class... A>
 static ibid_err launch(const char *name, void (*kernel)(A...), dim3 grid, unsigned threads,
                        size_t shared, ibidi_cu_stream s, A... args) {
     if (shared > 48 * 1024) {
-        cudaError_t e = cudaFuncSetAttribute(
-            (const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+        const void *k = (const void *)kernel;
+        cudaError_t e =
+            cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+        if (e == cudaSuccess) /* room for as many blocks as registers allow, not for one */
+            e = cudaFuncSetAttribute(k, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                     cudaSharedmemCarveoutMaxShared);
         if (e != cudaSuccess) return ibidi_device_check((int)e, name);
     }
     kernel<<<grid, threads, shared, (cudaStream_t)s>>>(args...);
