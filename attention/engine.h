@@ -150,6 +150,7 @@ typedef struct ibid_step {
     ibid_draw *draw;
     const ibid_probe *probe; /* NULL: none */
     ibid_select *select;     /* NULL: full attention */
+    bool will_select;        /* later steps of the sequence will: what that needs may be made now */
     size_t n_layers; /* layers to run: 0 = all; fewer leaves logits impossible (n_logits must be 0) */
     /* NULL, or called before a layer is computed, on the caller's thread, perhaps more than once for
      * a layer: the segments' KV at that layer may be brought in and checked here. An error ends the

@@ -169,7 +169,8 @@ ibid_err ibidi_gpu_loaded(struct ibidi_gpu *g);
 
 /* What a part of one row that selects needs in a pass. */
 typedef struct ibidi_gpu_choice {
-    ibid_select *select; /* NULL: it reads everything */
+    ibid_select *select; /* NULL: it reads everything, */
+    bool summarises;     /* and has summaries made meanwhile */
     ibid_seq *seq;
     ibidi_cu_choosing c;
     const ibidi_cu_choosing *there; /* c among the pass's tables */
@@ -209,7 +210,7 @@ ibid_err ibidi_gpu_choices_place(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_
 ibid_err ibidi_gpu_choices_start(struct ibidi_gpu *g, const ibidi_gpu_choice *c, size_t n);
 /* Whether what a choice puts on the stream can be recorded. */
 bool ibidi_gpu_choice_steady(const ibidi_gpu_choice *c);
-/* Puts the choosing at a layer on the stream. q [n_heads, head_dim] of the row. */
+/* Puts the choosing, or summarising, at a layer on the stream. q [n_heads, head_dim] of the row. */
 ibid_err ibidi_gpu_choose(struct ibidi_gpu *g, const ibidi_gpu_choice *c, size_t layer,
                           const float *q);
 /* ibidi_cu_mass for a row that selects: of what it read, into mass [64 stored pages]. */

@@ -73,7 +73,8 @@ static ibid_err reserve(struct ibidi_gpu *g, const pass *p) {
         (err = ibidi_gpu_reserve(g, &g->y_scale, n * f)) ||
         (err = ibidi_gpu_reserve(g, &g->q, n * g->q_dim * f)) ||
         (err = ibidi_gpu_reserve(g, &g->lse, n * m->n_heads * f)) ||
-        (err = ibidi_gpu_reserve(g, &g->turned, g->plan.n_turned * m->head_dim * IBIDI_CU_TURNED)) ||
+        (err =
+             ibidi_gpu_reserve(g, &g->turned, g->plan.n_turned * m->head_dim * IBIDI_CU_TURNED)) ||
         (err = ibidi_gpu_reserve(g, &g->acc, g->plan.n_states * m->head_dim * f)) ||
         (err = ibidi_gpu_reserve(g, &g->state, g->plan.n_states * 2 * f)) ||
         (err = ibidi_gpu_reserve(g, &g->mass, p->n_mass_pages * IBIDI_CU_PAGE * f)) ||
@@ -320,7 +321,7 @@ static ibid_err choose(const pass *p, size_t layer) {
     ibid_err err = IBID_OK;
     for (size_t i = 0; !err && i < p->n_parts; i++) {
         const float *mine = q + p->parts[i].at * g->q_dim;
-        if (!p->choices[i].select) continue;
+        if (!p->choices[i].select && !p->choices[i].summarises) continue;
         err = ibidi_gpu_choose(g, &p->choices[i], layer, mine);
         if (!err && is_measured(&p->choices[i]))
             err =
@@ -582,7 +583,7 @@ static void look_at_parts(pass *p) {
     p->selects = p->streams = false;
     p->n_copies = 0;
     for (size_t i = 0; i < p->n_parts; i++) {
-        p->selects |= p->choices[i].select != NULL;
+        p->selects |= p->choices[i].select || p->choices[i].summarises;
         p->streams |= p->parts[i].step->seq->gpu->window != NULL;
         p->n_copies += is_measured(&p->choices[i]);
     }

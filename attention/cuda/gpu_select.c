@@ -49,11 +49,27 @@ static bool has_summaries(const struct ibidi_gpu *g, const struct ibidi_gpu_seq 
     return true;
 }
 
+/* While all of a streamed sequence comes by anyway, for steps that will choose. */
+static ibid_err plan_summaries(struct ibidi_gpu *g, ibid_seq *s, ibidi_gpu_choice *c) {
+    struct ibidi_gpu_seq *q = s->gpu;
+    ibid_err err = ready_summaries(g, s);
+    if (err == IBID_NOMEM) return IBID_OK; /* they will read everything */
+    if (err || has_summaries(g, q)) return err;
+    c->summarises = true;
+    c->seq = s;
+    c->c = (ibidi_cu_choosing){.room = (uint32_t)q->summary_room,
+                               .n = (uint32_t)q->n_stored_pages,
+                               .last = (uint32_t)q->n_stored_pages,
+                               .pool = ibidi_pages_memory(g->pages)};
+    return IBID_OK;
+}
+
 ibid_err ibidi_gpu_choice_plan(struct ibidi_gpu *g, const ibid_step *step, ibidi_gpu_choice *c) {
     ibid_seq *s = step->seq;
     ibid_select *x = step->select;
     struct ibidi_gpu_seq *q = s->gpu;
     memset(c, 0, sizeof *c);
+    if (step->will_select && q->streamed && !x) return plan_summaries(g, s, c);
     if (!x || x->share >= 1 || step->n != 1 || step->positions[0] < s->end) return IBID_OK;
     size_t live = s->base > LIVE_LAST ? (s->base - LIVE_LAST) / IBIDI_CU_PAGE : 0;
     size_t n = q->n_stored_pages + s->base / IBIDI_CU_PAGE + 1, last = q->n_stored_pages + live;
@@ -164,19 +180,23 @@ static void fill_choosing(const struct ibidi_gpu *g, ibidi_gpu_choice *c, ibidi_
                                  .turns = a->seq.turns};
 }
 
+static bool has_table(const ibidi_gpu_choice *c) {
+    return c->select || c->summarises;
+}
+
 ibid_err ibidi_gpu_choices_place(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_t n,
                                  const ibidi_gpu_choosings *t) {
     size_t kv = g->m->n_kv_heads, n_layers = g->m->n_layers, used = 0;
     ibid_err err = IBID_OK;
     for (size_t i = 0; i < n; i++)
-        if (c[i].select) used = place(g, &c[i], NULL, used);
+        if (has_table(&c[i])) used = place(g, &c[i], NULL, used);
     if (used == 0) return IBID_OK;
     if ((err = ibidi_gpu_reserve(g, &g->chosen, used)) || (err = place_fetched(g, c, n)))
         return err;
     memset(t->seqs, 0, n * kv * sizeof *t->seqs);
     used = 0;
     for (size_t i = 0; i < n; i++) {
-        if (!c[i].select) continue;
+        if (!has_table(&c[i])) continue;
         used = place(g, &c[i], g->chosen.p, used);
         c[i].there = t->d_c + i;
         c[i].c.from = t->d_from + i * n_layers;
@@ -206,6 +226,7 @@ bool ibidi_gpu_choice_steady(const ibidi_gpu_choice *c) {
 ibid_err ibidi_gpu_choose(struct ibidi_gpu *g, const ibidi_gpu_choice *c, size_t layer,
                           const float *q) {
     ibid_err err = ibidi_cu_summarise(g->work, &g->shape, c->there, layer, c->fresh ? c->fresh : 1);
+    if (!c->select) return err;
     if (!err) err = ibidi_cu_choose(g->work, &g->shape, c->there, layer, c->grid, q);
     if (err || !c->fetches) return err;
     return ibid_device_download(g->d, g->work, c->which, c->c.which,
@@ -236,10 +257,10 @@ ibid_err ibidi_gpu_choices_done(struct ibidi_gpu *g, const ibidi_gpu_choice *c, 
     size_t kv = g->m->n_kv_heads;
     ibid_err err = IBID_OK;
     for (size_t i = 0; !err && i < n; i++) {
-        if (!c[i].select) continue;
-        size_t *summed = c[i].seq->gpu->summed;
-        for (size_t l = 0; l < n_layers; l++)
+        size_t *summed = has_table(&c[i]) ? c[i].seq->gpu->summed : NULL;
+        for (size_t l = 0; summed && l < n_layers; l++)
             if (summed[l] < c[i].c.last) summed[l] = c[i].c.last;
+        if (!c[i].select) continue;
         uint32_t *read = ibid_calloc(kv, sizeof *read);
         if (!read) return ibid_fail(IBID_NOMEM, "no memory for what was read");
         float recall = 0;

@@ -134,6 +134,7 @@ static ibid_err ask(run *a) {
                        .tokens = p->question,
                        .n = p->n_question,
                        .share = p->share,
+                       .will_select = p->select != NULL,
                        .ready = p->ready,
                        .ready_arg = p->arg};
     ibid_sched_enter(a->r->sched, true);

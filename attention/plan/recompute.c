@@ -182,6 +182,7 @@ static ibid_err answer(ibid_engine *e, const ibid_question *q, ibid_asked *a, in
                       .n = c->n_rows + q->n,
                       .n_logits = 1,
                       .logits = logits,
+                      .will_select = q->will_select,
                       .ready = q->ready,
                       .ready_arg = q->ready_arg};
     return ibid_engine_forward(e, &step, 1, cancel);

@@ -47,6 +47,7 @@ typedef struct ibid_question {
     size_t n;
     double share;          /* 0..1 */
     const uint64_t *heads; /* bitmap over layer * n_heads + head that choose; NULL = all */
+    bool will_select;      /* as in ibid_step */
     ibid_err (*ready)(void *arg, size_t layer); /* as in ibid_step: the blocks' KV at a layer */
     void *ready_arg;
 } ibid_question;
