@@ -124,6 +124,7 @@ IBIDI_DEV void product_panels(const product_args &a, const ibidi_cu_matrix &w, u
                 for (int j = 0; j < 4; j++) now.p[i][q].expand(j, f[q][j]);
 #pragma unroll
             for (int t = 0; t < NT; t++) {
+                if (t && 8 * (unsigned)t >= a.n) break; /* rows that there may not be */
                 const uint4 *b =
                     (const uint4 *)(const void *)(h + (size_t)(8 * t) * a.ldh + k * COLS);
                 uint4 b0 = b[0], b1 = b[1];
