@@ -25,9 +25,9 @@ template <int P, bool q8> struct slice {
     static constexpr int V = SLICE * K_ROW, K_SCALE = V + SLICE * V_ROW, V_SCALE = K_SCALE + SCALES;
     static constexpr int BYTES = V_SCALE + SCALES;
     static constexpr int WARPS = 4 * 2 * BYTES > 98304 ? 2 : 4;
-    /* Three thread blocks share the 228 KiB of a unit of an H100 or H200 where two stages allow it:
-     * their warps hide each other's waits, and together as many bytes are on the way. */
-    static constexpr int THIRD = 233472 / 3 - 1024, FIT = THIRD / (WARPS * BYTES);
+    /* Several thread blocks share the 228 KiB of a unit of an H100 or H200 where two stages allow
+     * it: their warps hide each other's waits, and together as many bytes are on the way. */
+    static constexpr int SHARE = 233472 / IBIDI_CU_RESIDENT - 1024, FIT = SHARE / (WARPS * BYTES);
     static constexpr int STAGES = FIT > 4 ? 4 : FIT < 2 ? 98304 / (WARPS * BYTES) : FIT;
     static_assert(STAGES >= 2, "a slice is computed while the next one is on its way");
     static_assert(WARPS * STAGES * BYTES <= 99 * 1024, "what compute capability 8.6 and 8.9 have");
@@ -35,17 +35,13 @@ template <int P, bool q8> struct slice {
                   "the warps' states are laid down there at the end");
 };
 
-/* Bytes of two words, of each the ones in the same place side by side, as halves, exactly: a byte
- * with its sign flipped behind 0x64 is 1152 more than it was as a half (Kim et al. 2022,
- * arXiv:2211.10017). */
+/* Bytes of two words, of each the ones in the same place side by side, as halves. */
 IBIDI_DEV void halves_of(uint32_t first, uint32_t second, uint32_t out[4]) {
-    constexpr uint32_t SIGNS = 0x80808080u, HIGH = 0x64646464u, BIAS = 0x64806480u;
-    uint32_t a = bytes_of(first ^ SIGNS, second ^ SIGNS, 0x5140u);
-    uint32_t b = bytes_of(first ^ SIGNS, second ^ SIGNS, 0x7362u);
-    out[0] = h2_sub(bytes_of(a, HIGH, 0x4140u), BIAS);
-    out[1] = h2_sub(bytes_of(a, HIGH, 0x4342u), BIAS);
-    out[2] = h2_sub(bytes_of(b, HIGH, 0x4140u), BIAS);
-    out[3] = h2_sub(bytes_of(b, HIGH, 0x4342u), BIAS);
+    uint32_t a = bytes_of(first, second, 0x5140u), b = bytes_of(first, second, 0x7362u);
+    for (int i = 0; i < 2; i++) {
+        out[i] = two_bytes(a, i);
+        out[2 + i] = two_bytes(b, i);
+    }
 }
 
 /* Rows g and g + 8 of a lane: how far they see. */
@@ -89,8 +85,8 @@ template <int P, bool q8, bool fine> struct query {
         rest = mine + N * 32;
         if (!q8) return;
         const float *s = (const float *)(const void *)(from + n * N * 512) + threadIdx.x % 32 / 4;
-        scale[0] = s[0] * (1.0f / 254);
-        if (!fine) scale[1] = s[8] * (1.0f / 254);
+        scale[0] = s[0] * (1.0f / IBIDI_CU_LOW);
+        if (!fine) scale[1] = s[8] * (1.0f / IBIDI_CU_LOW);
     }
 };
 
@@ -115,10 +111,10 @@ IBIDI_DEV void score(const query<P, true, fine> &q, const uint8_t *row, size_t s
             float s0 = f16_to_f32(sc[p]), s1 = f16_to_f32(sc[P + p]);
             mma_s8(c, q.high[p], w.x, w.y);
             if (!fine) mma_s8(d, low, w.x, w.y);
-            s[4 * half] += (float)(c[0] * 254 + (fine ? c[2] : d[0])) * s0;
-            s[4 * half + 1] += (float)(c[1] * 254 + (fine ? c[3] : d[1])) * s1;
-            if (!fine) s[4 * half + 2] += (float)(c[2] * 254 + d[2]) * s0;
-            if (!fine) s[4 * half + 3] += (float)(c[3] * 254 + d[3]) * s1;
+            s[4 * half] += (float)(c[0] * IBIDI_CU_LOW + (fine ? c[2] : d[0])) * s0;
+            s[4 * half + 1] += (float)(c[1] * IBIDI_CU_LOW + (fine ? c[3] : d[1])) * s1;
+            if (!fine) s[4 * half + 2] += (float)(c[2] * IBIDI_CU_LOW + d[2]) * s0;
+            if (!fine) s[4 * half + 3] += (float)(c[3] * IBIDI_CU_LOW + d[3]) * s1;
         }
     }
     for (int i = 0; i < 8; i++) {
@@ -157,8 +153,8 @@ IBIDI_DEV void score(const query<P, false, fine> &q, const uint8_t *row, size_t 
 }
 
 /* acc += weights a times the slice's values, of q8_0: the scales go to the weights. fine: rows 8 to
- * 15 of a hold what rounding rows 0 to 7 left, and get what rounding their products leaves. valid:
- * bits of the tokens that may be read. */
+ * 15 of a hold what rounding rows 0 to 7 left, and get what rounding their products leaves. on:
+ * ones where a token may be read, those of a lane as a's words have them. */
 template <int P, bool fine>
 IBIDI_DEV void add_values_q8(const uint32_t a[4], const uint8_t *v, const uint16_t *scale,
                              const uint32_t on[2], float acc[4 * P][4]) {
@@ -189,7 +185,7 @@ IBIDI_DEV void add_values_q8(const uint32_t a[4], const uint8_t *v, const uint16
     }
 }
 
-/* The same of f16. */
+/* The same of f16, whose values may be anything where no token may be read. */
 template <int P>
 IBIDI_DEV void add_values_f16(const uint32_t a[4], const uint8_t *v, const uint32_t on[2],
                               float acc[4 * P][4]) {
@@ -283,7 +279,7 @@ IBIDI_DEV void attend_slice(running<P> &r, const query<P, q8, fine> &q, const ui
                             const sight &see) {
     using S = slice<P, q8>;
     unsigned t = threadIdx.x % 4, token0 = n_slice * SLICE;
-    float s[8], p[8], low[8];
+    float s[8], p[8];
     score<P, fine>(q, at + (threadIdx.x % 32 / 4) * S::K_ROW, S::K_ROW,
                    (const uint16_t *)(const void *)(at + S::K_SCALE), s);
     float factor[2] = {1, 1};
@@ -313,10 +309,7 @@ IBIDI_DEV void attend_slice(running<P> &r, const query<P, q8, fine> &q, const ui
     if (fine) {
         factor[1] = factor[0];
         for (int i = 0; i < 8; i += 4) {
-            for (int k = i; k < i + 2; k++) {
-                low[k] = p[k] - f16_to_f32(f32_to_f16(p[k]));
-                p[k + 2] = low[k];
-            }
+            for (int k = i; k < i + 2; k++) p[k + 2] = p[k] - f16_to_f32(f32_to_f16(p[k]));
         }
     }
     if (factor[0] != 1 || factor[1] != 1) { /* seldom, once much was seen */
@@ -357,7 +350,7 @@ template <int P, bool fine> IBIDI_DEV void lay_down(const running<P> &r, float *
 
 /* A slice's number in an item counts over its pages. */
 template <int P, bool q8, bool fine>
-__global__ void __launch_bounds__(32 * slice<P, q8>::WARPS, P > 4 ? 1 : 3)
+__global__ void __launch_bounds__(32 * slice<P, q8>::WARPS, P > 4 ? 1 : IBIDI_CU_RESIDENT)
     attention_kernel(ibidi_cu_shape m, ibidi_cu_attend a) {
     using S = slice<P, q8>;
     constexpr unsigned DIM = 32 * P, ROWS = fine ? IBIDI_CU_TILE_FINE : IBIDI_CU_TILE;

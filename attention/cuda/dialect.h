@@ -134,6 +134,12 @@ static ibid_err launch(const char *name, void (*kernel)(A...), dim3 grid, unsign
 
 /* ---- Of both ---- */
 
+/* Two int8 of a word as halves, exactly: bytes 2i, 2i + 1 of w with their signs' bits flipped are
+ * unsigned; behind 0x64 they are halves from 1024 on (Kim et al. 2022, arXiv:2211.10017). */
+IBIDI_DEV uint32_t two_bytes(uint32_t w, int i) {
+    return h2_sub(bytes_of(w ^ 0x80808080u, 0x64646464u, i ? 0x4342u : 0x4140u), 0x64806480u);
+}
+
 IBIDI_DEV float warp_sum(float v) {
     for (int m = 16; m; m >>= 1) v += shuffle_xor(v, m);
     return v;

@@ -19,6 +19,16 @@ ibid_err ibidi_gpu_reserve(struct ibidi_gpu *g, ibidi_gpu_room *r, size_t bytes)
     return IBID_OK;
 }
 
+ibid_err ibidi_gpu_reserve_host(struct ibidi_gpu *g, ibidi_gpu_room *r, size_t bytes) {
+    if (bytes <= r->bytes) return IBID_OK;
+    ibid_device_host_free(g->d, r->p);
+    r->p = NULL;
+    r->bytes = 0;
+    ibid_err err = ibid_device_host_alloc(g->d, bytes, &r->p);
+    if (!err) r->bytes = bytes;
+    return err;
+}
+
 /* ---- Weights ---- */
 
 /* Walks over all weights twice: to learn their size, then to place and upload them. */
@@ -262,9 +272,9 @@ void ibidi_gpu_close(struct ibidi_gpu *g) {
         for (size_t i = 0; i < sizeof rooms / sizeof *rooms; i++)
             ibid_device_free(g->d, rooms[i]->p);
         ibidi_gpu_graphs_close(g);
-        ibid_device_host_free(g->d, g->host_tables);
+        ibid_device_host_free(g->d, g->host_tables.p);
         ibid_device_host_free(g->d, g->host_drawn);
-        ibid_device_host_free(g->d, g->host_chosen);
+        ibid_device_host_free(g->d, g->host_chosen.p);
         for (size_t i = 0; i < IBIDI_GPU_STAGES; i++) {
             ibid_device_host_free(g->d, g->stages[i].p);
             ibid_device_event_close(g->d, g->stages[i].done);

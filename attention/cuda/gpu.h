@@ -7,13 +7,12 @@
  * gpu_seq.c      a sequence's pages: blocks pinned, live cells, tables; reading pages back
  * gpu_load.c     stored KV to the pool, layer by layer, through pinned staging
  * gpu_select.c   rows that read a share of their context
+ * gpu_forward.c  a pass
+ * gpu_graph.c    decoding passes, recorded and run again
  *
  * A context that the pool does not hold is streamed: a pass that reads all of it has room for two
  * layers, which take turns, and one that selects has the pages it chose brought, and keeps them as
- * the pool keeps blocks.
- *
- * gpu_forward.c  a pass
- * gpu_graph.c    decoding passes, recorded and run again */
+ * the pool keeps blocks. */
 #ifndef IBID_ATTENTION_CUDA_GPU_H
 #define IBID_ATTENTION_CUDA_GPU_H
 
@@ -34,7 +33,7 @@ enum {
         1u << 28, /* bytes of turned queries in a pass, about: longer steps are cut */
 };
 
-/* Device memory that grows; its contents are lost when it does. */
+/* Memory that grows; its contents are lost when it does. */
 typedef struct ibidi_gpu_room {
     void *p;
     size_t bytes;
@@ -101,10 +100,9 @@ struct ibidi_gpu {
     ibidi_gpu_graph graphs[IBIDI_GPU_GRAPHS];
     uint64_t graph_clock;
     bool no_graphs;
-    uint8_t *host_tables; /* pinned: rows, sequences, cos, sin, tiles, items, as in `tables` */
-    size_t host_bytes;
-    uint8_t *host_chosen; /* pinned: what streamed sequences chose, and where it came to lie */
-    size_t host_chosen_bytes;
+    /* Pinned: rows, sequences, cos, sin, tiles, items, as in `tables`; what streamed sequences
+     * chose, and where it came to lie. */
+    ibidi_gpu_room host_tables, host_chosen;
     uint64_t serial; /* of sequences */
     ibidi_cu_plan plan;
 };
@@ -114,8 +112,8 @@ struct ibidi_gpu_seq {
     ibidi_block **blocks; /* [n_segs] pinned; none of a streamed sequence */
     size_t n_blocks;
     bool streamed;
-    ibidi_block
-        *window; /* of a streamed sequence, while a pass reads all: its pages at two layers */
+    /* Of a streamed sequence, while a pass reads all: its pages at two layers. */
+    ibidi_block *window;
     uint64_t serial;
     uint32_t *live; /* [n_live pages, n_layers] cells */
     size_t n_live, live_room;
@@ -144,6 +142,8 @@ void ibidi_gpu_look(const struct ibidi_gpu *g, ibid_engine_gpu *out);
 /* Brings what ibidi_gpu_look says up to date. */
 void ibidi_gpu_note(struct ibidi_gpu *g);
 ibid_err ibidi_gpu_reserve(struct ibidi_gpu *g, ibidi_gpu_room *r, size_t bytes);
+/* The same in pinned host memory; no copy from or to it may be under way. */
+ibid_err ibidi_gpu_reserve_host(struct ibidi_gpu *g, ibidi_gpu_room *r, size_t bytes);
 
 static inline size_t ibidi_gpu_pages_of(size_t tokens) {
     return (tokens + IBIDI_CU_PAGE - 1) / IBIDI_CU_PAGE;
@@ -179,12 +179,16 @@ typedef struct ibidi_gpu_choice {
     float *mass;                    /* [n_chosen, 64] of a kv head */
     float *recall; /* [1] summed over layers and heads; read only if that is measured */
     uint64_t seen, last_tokens;
+    size_t copy; /* the row, once more, that reads everything, if recall is measured */
     /* What it chose is brought, of a streamed sequence without a window: */
     bool fetches;
     uint32_t *which, *cells; /* [n_kv_heads, n_chosen] pinned host memory */
     ibidi_block **held;      /* pages of the layer, pinned */
     size_t n_held;
 } ibidi_gpu_choice;
+static inline bool ibidi_gpu_has_table(const ibidi_gpu_choice *c) {
+    return c->select || c->summarises;
+}
 /* Waits for what was chosen at a layer, brings the pages that are missing in the pool, and tells
  * the device where they lie. */
 ibid_err ibidi_gpu_fetch(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_t layer);

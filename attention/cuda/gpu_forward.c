@@ -118,18 +118,9 @@ static ibid_err make_tables(pass *p) {
     tiles = take(&l, n_tiles, sizeof *p->d_tiles);
     items = take(&l, n_items, sizeof *p->d_items);
     ibid_err err = ibidi_gpu_reserve(g, &g->tables, l.used);
-    if (!err && l.used > g->host_bytes) {
-        void *h = NULL;
-        ibid_device_host_free(g->d, g->host_tables);
-        g->host_tables = NULL;
-        g->host_bytes = 0;
-        if (!(err = ibid_device_host_alloc(g->d, l.used, &h))) {
-            g->host_tables = h;
-            g->host_bytes = l.used;
-        }
-    }
+    if (!err) err = ibidi_gpu_reserve_host(g, &g->host_tables, l.used);
     if (err) return err;
-    uint8_t *h = g->host_tables;
+    uint8_t *h = g->host_tables.p;
     const uint8_t *d = g->tables.p;
     p->rows = (void *)(h + rows);
     p->seqs = (void *)(h + seqs);
@@ -194,12 +185,12 @@ static ibidi_cu_piece piece_of(const pass *p, size_t i, size_t at, size_t n) {
 
 /* Rows that measure what they miss, once more. */
 static void fill_copies(pass *p) {
-    size_t k = 0;
-    for (size_t i = 0; i < p->n_parts; i++) {
+    for (size_t i = 0, at = p->n_rows; i < p->n_parts; i++) {
         if (!is_measured(&p->choices[i])) continue;
-        p->rows[p->n_rows + k] = p->rows[p->parts[i].at];
-        p->pieces[p->n_parts + k] = piece_of(p, i, p->n_rows + k, 1);
-        k++;
+        p->choices[i].copy = at;
+        p->rows[at] = p->rows[p->parts[i].at];
+        p->pieces[p->n_parts + at - p->n_rows] = piece_of(p, i, at, 1);
+        at++;
     }
 }
 
@@ -243,12 +234,13 @@ static ibid_err upload_tables(pass *p) {
     size_t n_tiles = plan->n_tiles[0] + plan->n_tiles[1],
            n_items = plan->n_items[0] + plan->n_items[1];
     size_t end = items_at + n_items * sizeof *plan->items;
-    if (end > g->host_bytes || tiles_at + n_tiles * sizeof *plan->tiles > items_at)
+    if (end > g->host_tables.bytes || tiles_at + n_tiles * sizeof *plan->tiles > items_at)
         return ibid_fail(IBID_INTERNAL, "a plan of %zu tiles, %zu items outgrew its room", n_tiles,
                          n_items);
-    memcpy(g->host_tables + tiles_at, plan->tiles, n_tiles * sizeof *plan->tiles);
-    memcpy(g->host_tables + items_at, plan->items, n_items * sizeof *plan->items);
-    return ibid_device_upload(g->d, g->work, g->tables.p, g->host_tables, end);
+    uint8_t *host = g->host_tables.p;
+    memcpy(host + tiles_at, plan->tiles, n_tiles * sizeof *plan->tiles);
+    memcpy(host + items_at, plan->items, n_items * sizeof *plan->items);
+    return ibid_device_upload(g->d, g->work, g->tables.p, host, end);
 }
 
 /* ---- Layers ---- */
@@ -317,15 +309,15 @@ static ibid_err probe(const pass *p, size_t layer) {
 static ibid_err choose(const pass *p, size_t layer) {
     struct ibidi_gpu *g = p->g;
     float *q = g->q.p;
-    size_t copy = p->n_rows;
     ibid_err err = IBID_OK;
     for (size_t i = 0; !err && i < p->n_parts; i++) {
+        const ibidi_gpu_choice *c = &p->choices[i];
         const float *mine = q + p->parts[i].at * g->q_dim;
-        if (!p->choices[i].select && !p->choices[i].summarises) continue;
-        err = ibidi_gpu_choose(g, &p->choices[i], layer, mine);
-        if (!err && is_measured(&p->choices[i]))
+        if (!ibidi_gpu_has_table(c)) continue;
+        err = ibidi_gpu_choose(g, c, layer, mine);
+        if (!err && is_measured(c))
             err =
-                ibid_device_copy(g->d, g->work, q + copy++ * g->q_dim, mine, g->q_dim * sizeof *q);
+                ibid_device_copy(g->d, g->work, q + c->copy * g->q_dim, mine, g->q_dim * sizeof *q);
     }
     for (size_t i = 0; !err && i < p->n_parts; i++)
         if (p->choices[i].fetches) err = ibidi_gpu_fetch(g, &p->choices[i], layer);
@@ -335,12 +327,14 @@ static ibid_err choose(const pass *p, size_t layer) {
 static ibid_err measure(const pass *p) {
     struct ibidi_gpu *g = p->g;
     const float *lse = g->lse.p;
-    size_t copy = p->n_rows, heads = g->m->n_heads;
+    size_t heads = g->m->n_heads;
     ibid_err err = IBID_OK;
-    for (size_t i = 0; !err && i < p->n_parts; i++)
-        if (is_measured(&p->choices[i]))
-            err = ibidi_cu_recall(g->work, lse + p->parts[i].at * heads, lse + copy++ * heads,
-                                  heads, p->choices[i].recall);
+    for (size_t i = 0; !err && i < p->n_parts; i++) {
+        const ibidi_gpu_choice *c = &p->choices[i];
+        if (is_measured(c))
+            err = ibidi_cu_recall(g->work, lse + p->parts[i].at * heads, lse + c->copy * heads,
+                                  heads, c->recall);
+    }
     return err;
 }
 
@@ -583,7 +577,7 @@ static void look_at_parts(pass *p) {
     p->selects = p->streams = false;
     p->n_copies = 0;
     for (size_t i = 0; i < p->n_parts; i++) {
-        p->selects |= p->choices[i].select || p->choices[i].summarises;
+        p->selects |= ibidi_gpu_has_table(&p->choices[i]);
         p->streams |= p->parts[i].step->seq->gpu->window != NULL;
         p->n_copies += is_measured(&p->choices[i]);
     }

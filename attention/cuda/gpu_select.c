@@ -13,12 +13,9 @@ enum {
     GRID_STEP = 64   /* pages by which recorded launches grow */
 };
 
-static size_t width_of(const struct ibidi_gpu *g) {
-    return ibidi_cu_summary_width(g->shape.head_dim);
-}
-
-static size_t layer_halves(const struct ibidi_gpu *g, size_t room) {
-    return g->m->n_kv_heads * room * width_of(g);
+static size_t summary_bytes(const struct ibidi_gpu *g, size_t room) {
+    return g->m->n_layers * g->m->n_kv_heads * room * ibidi_cu_summary_width(g->shape.head_dim) *
+           sizeof(uint16_t);
 }
 
 /* Room for summaries of all the sequence's pages; forgets those that are not its any more. */
@@ -31,8 +28,7 @@ static ibid_err ready_summaries(struct ibidi_gpu *g, ibid_seq *s) {
     if (q->summary_room != q->page_room || q->summary_segs != s->n_segs) {
         memset(q->summed, 0, n_layers * sizeof *q->summed);
         q->summary_room = 0;
-        err = ibidi_gpu_reserve(g, &q->summaries,
-                                n_layers * layer_halves(g, q->page_room) * sizeof(uint16_t));
+        err = ibidi_gpu_reserve(g, &q->summaries, summary_bytes(g, q->page_room));
         if (err) return err;
         q->summary_room = q->page_room;
         q->summary_segs = s->n_segs;
@@ -128,18 +124,9 @@ static ibid_err place_fetched(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_t n
     size_t total = 0, kv = g->m->n_kv_heads;
     for (size_t i = 0; i < n; i++)
         if (c[i].fetches) total += kv * c[i].c.n_chosen;
-    size_t bytes = 2 * total * sizeof *c->which;
-    if (bytes > g->host_chosen_bytes) {
-        void *h = NULL;
-        ibid_device_host_free(g->d, g->host_chosen);
-        g->host_chosen = NULL;
-        g->host_chosen_bytes = 0;
-        ibid_err err = ibid_device_host_alloc(g->d, bytes, &h);
-        if (err) return err;
-        g->host_chosen = h;
-        g->host_chosen_bytes = bytes;
-    }
-    uint32_t *at = (uint32_t *)(void *)g->host_chosen;
+    ibid_err err = ibidi_gpu_reserve_host(g, &g->host_chosen, 2 * total * sizeof *c->which);
+    if (err) return err;
+    uint32_t *at = g->host_chosen.p;
     for (size_t i = 0; i < n; i++) {
         size_t slots = kv * c[i].c.n_chosen;
         if (!c[i].fetches) continue;
@@ -180,23 +167,19 @@ static void fill_choosing(const struct ibidi_gpu *g, ibidi_gpu_choice *c, ibidi_
                                  .turns = a->seq.turns};
 }
 
-static bool has_table(const ibidi_gpu_choice *c) {
-    return c->select || c->summarises;
-}
-
 ibid_err ibidi_gpu_choices_place(struct ibidi_gpu *g, ibidi_gpu_choice *c, size_t n,
                                  const ibidi_gpu_choosings *t) {
     size_t kv = g->m->n_kv_heads, n_layers = g->m->n_layers, used = 0;
     ibid_err err = IBID_OK;
     for (size_t i = 0; i < n; i++)
-        if (has_table(&c[i])) used = place(g, &c[i], NULL, used);
+        if (ibidi_gpu_has_table(&c[i])) used = place(g, &c[i], NULL, used);
     if (used == 0) return IBID_OK;
     if ((err = ibidi_gpu_reserve(g, &g->chosen, used)) || (err = place_fetched(g, c, n)))
         return err;
     memset(t->seqs, 0, n * kv * sizeof *t->seqs);
     used = 0;
     for (size_t i = 0; i < n; i++) {
-        if (!has_table(&c[i])) continue;
+        if (!ibidi_gpu_has_table(&c[i])) continue;
         used = place(g, &c[i], g->chosen.p, used);
         c[i].there = t->d_c + i;
         c[i].c.from = t->d_from + i * n_layers;
@@ -257,7 +240,7 @@ ibid_err ibidi_gpu_choices_done(struct ibidi_gpu *g, const ibidi_gpu_choice *c, 
     size_t kv = g->m->n_kv_heads;
     ibid_err err = IBID_OK;
     for (size_t i = 0; !err && i < n; i++) {
-        size_t *summed = has_table(&c[i]) ? c[i].seq->gpu->summed : NULL;
+        size_t *summed = ibidi_gpu_has_table(&c[i]) ? c[i].seq->gpu->summed : NULL;
         for (size_t l = 0; summed && l < n_layers; l++)
             if (summed[l] < c[i].c.last) summed[l] = c[i].c.last;
         if (!c[i].select) continue;

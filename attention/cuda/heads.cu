@@ -110,7 +110,8 @@ __global__ void __launch_bounds__(THREADS) finish_kernel(ibidi_cu_shape m, ibidi
     put_head(v, parts, is_k ? at : at + plane, (uint16_t *)(void *)scales, r->live % IBIDI_CU_PAGE);
 }
 
-/* A turned query, in two parts: as halves and what that rounding left, or as bytes of two planes. */
+/* A turned query, in two parts: as halves and what that rounding left, or as bytes of two planes.
+ */
 template <bool q8>
 IBIDI_DEV void split_head(const float v[PARTS], unsigned parts, uint16_t *high, uint16_t *low,
                           float *scale) {
@@ -129,7 +130,7 @@ IBIDI_DEV void split_head(const float v[PARTS], unsigned parts, uint16_t *high, 
         if (i >= parts) break;
         if (q8) {
             float h = fminf(fmaxf(rintf(v[i] * inverse), -127.0f), 127.0f);
-            float l = fminf(fmaxf(rintf((v[i] * inverse - h) * 254), -127.0f), 127.0f);
+            float l = fminf(fmaxf(rintf((v[i] * inverse - h) * IBIDI_CU_LOW), -127.0f), 127.0f);
             high[32 * i + lane] = (uint8_t)(int8_t)h;
             low[32 * i + lane] = (uint8_t)(int8_t)l;
         } else {
@@ -177,8 +178,8 @@ __global__ void __launch_bounds__(THREADS)
         const uint16_t *x = rounded[row];
         if (q8) {
             x += 32 * (k % each / 128) + 8 * (l % 4) + 4 * (r / 2);
-            to[k] = (uint32_t)x[0] | (uint32_t)x[1] << 8 | (uint32_t)x[2] << 16 |
-                    (uint32_t)x[3] << 24;
+            to[k] =
+                (uint32_t)x[0] | (uint32_t)x[1] << 8 | (uint32_t)x[2] << 16 | (uint32_t)x[3] << 24;
         } else {
             x += 32 * (k % each / 256) + 8 * (l % 4) + 4 * (k / 128 % 2) + 2 * (r / 2);
             to[k] = (uint32_t)x[0] | (uint32_t)x[1] << 16;

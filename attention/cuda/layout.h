@@ -37,6 +37,8 @@ enum {
     IBIDI_CU_TILE = 16,     /* query rows (token rows times heads) of an attention tile ... */
     IBIDI_CU_TILE_FINE = 8, /* ... and of a fine one, whose queries are held twice as precisely */
     IBIDI_CU_TURNED = 32,   /* bytes of a tile's turned queries a dimension, at most */
+    IBIDI_CU_LOW = 254,     /* units of a query's low plane of bytes in one of its high plane */
+    IBIDI_CU_RESIDENT = 3,  /* thread blocks of attention that a unit of an H200 runs at once */
     IBIDI_CU_DIM_MAX = 256
 };
 

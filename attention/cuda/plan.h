@@ -9,9 +9,9 @@
 
 #include <stdbool.h>
 
-/* Thread blocks that a step is cut into: three to a unit of an H200, which it runs at once
- * (attend.cu), so that none is left for a second round that few units would work on. */
-enum { IBIDI_CU_BLOCKS = 396 };
+/* Thread blocks that a step is cut into: as many as the 132 units of an H200 run at once, so that
+ * none is left for a second round that few units would work on. */
+enum { IBIDI_CU_BLOCKS = 132 * IBIDI_CU_RESIDENT };
 
 /* Rows [row0, row0 + n) of the pass: a step of a sequence. */
 typedef struct ibidi_cu_piece {

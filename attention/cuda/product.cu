@@ -21,12 +21,6 @@ template <> struct part<IBIDI_CU_F16> {
     }
 };
 
-/* Two int8 of a word as halves: bytes 2i, 2i + 1 of w with their signs' bits flipped are unsigned;
- * behind 0x64 they are halves from 1024 on. */
-IBIDI_DEV uint32_t two_bytes(uint32_t w, int i) {
-    return h2_sub(bytes_of(w ^ 0x80808080u, 0x64646464u, i ? 0x4342u : 0x4140u), 0x64806480u);
-}
-
 template <> struct part<IBIDI_CU_I8> {
     uint4 w[2];
     uint32_t scale; /* of rows g and g + 8 */

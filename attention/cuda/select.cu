@@ -38,6 +38,12 @@ IBIDI_DEV void load_key(const ibidi_cu_shape &m, const uint8_t *head, unsigned t
     sync_warp();
 }
 
+IBIDI_DEV uint16_t *summary_of(const ibidi_cu_shape &m, const ibidi_cu_choosing &a, unsigned layer,
+                               unsigned head, unsigned page) {
+    return a.summaries + (((size_t)layer * m.n_kv_heads + head) * a.room + page) *
+                             ibidi_cu_summary_width(m.head_dim);
+}
+
 /* The least f16 that is not below a value. */
 IBIDI_DEV uint16_t half_above(float v) {
     uint16_t h = f32_to_f16(v);
@@ -56,8 +62,7 @@ __global__ void __launch_bounds__(32)
     const uint8_t *keys =
         a.pool + ((size_t)a.seq.cells[(size_t)layer * a.seq.room + page] * m.n_kv_heads + head) *
                      ibidi_cu_head_bytes(dim, m.q8);
-    uint16_t *out = a.summaries + (((size_t)layer * m.n_kv_heads + head) * a.room + page) *
-                                      ibidi_cu_summary_width(dim);
+    uint16_t *out = summary_of(m, a, layer, head, page);
     float x[PAIRS] = {}, y[PAIRS] = {}, far[PAIRS] = {};
     unsigned count = 0, first, second;
     for (int pass = 0; pass < 2; pass++) {
@@ -115,8 +120,7 @@ __global__ void __launch_bounds__(32 * SCORE_WARPS)
     unsigned lane = threadIdx.x % 32, page = blockIdx.x * SCORE_WARPS + threadIdx.x / 32;
     unsigned head = blockIdx.y, dim = m.head_dim, first, second;
     if (page >= a.last) return;
-    const uint16_t *sum = a.summaries + (((size_t)layer * m.n_kv_heads + head) * a.room + page) *
-                                            ibidi_cu_summary_width(dim);
+    const uint16_t *sum = summary_of(m, a, layer, head, page);
     float *scores = a.weight + (size_t)head * (m.group + 1) * a.room + page;
     for (unsigned g = 0; g < m.group; g++) {
         const float *at = q + ((size_t)head * m.group + g) * dim;

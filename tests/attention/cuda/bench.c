@@ -507,20 +507,27 @@ static double time_question(ibid_engine *e, const world *w, size_t tokens) {
     return ms;
 }
 
+/* Median of n steps of one row from position *at on, after four that do not count. */
+static double median_step(ibid_engine *e, ibid_seq *s, size_t n, size_t *at, ibid_select *select) {
+    double ms[31];
+    CHECK(n <= 31, "%zu steps", n);
+    for (size_t i = 0; i < 4; i++) (void)time_step(e, s, 1, (*at)++, select);
+    for (size_t i = 0; i < n; i++) ms[i] = time_step(e, s, 1, (*at)++, select);
+    return median(ms, n);
+}
+
 /* Steps one after another, then such that read a tenth of their context. */
 static void measure_decoding(ibid_engine *e, const world *w, size_t tokens, double goal) {
     ibid_seq *s = open_context(e, w, tokens);
     ibid_select tenth = {.share = 0.1};
     size_t at = tokens / sh.block * sh.block;
-    double ms[31];
     char what[96];
     for (int selects = 0; selects < 2; selects++) {
         ibid_select *select = selects ? &tenth : NULL;
-        for (size_t i = 0; i < 4; i++) (void)time_step(e, s, 1, at++, select);
-        for (size_t i = 0; i < 31; i++) ms[i] = time_step(e, s, 1, at++, select);
+        double ms = median_step(e, s, 31, &at, select);
         (void)snprintf(what, sizeof what, "decoding step, %zu tokens, %s", tokens,
                        selects ? "a tenth selected" : "q8_0 KV and weights");
-        number(what, median(ms, 31), "ms", selects ? 0 : goal, true);
+        number(what, ms, "ms", selects ? 0 : goal, true);
     }
     if (tenth.seen)
         number("  of the context, read", 100 * (double)tenth.read / (double)tenth.seen, "%", 0,
@@ -538,7 +545,6 @@ static void measure_beyond(const world *w) {
                           .gpu_memory = (pages * layers + 2 * sh.n_layers) * page};
     ibid_engine *e = NULL;
     ibid_engine_gpu look;
-    double ms[15];
     char what[96];
     MUST(ibid_engine_open(&w->m, &o, &e));
     ibid_seq *s = open_context(e, w, sh.long_context);
@@ -551,9 +557,7 @@ static void measure_beyond(const world *w) {
     number(what, full, "ms", 0, true);
     number("  of pinned copies' rate",
            100 * (double)(pages * page * sh.n_layers) / full * 1e3 / upload_rate, "%", 0, false);
-    for (size_t i = 0; i < 4; i++) (void)time_step(e, s, 1, at++, &tenth);
-    for (size_t i = 0; i < 15; i++) ms[i] = time_step(e, s, 1, at++, &tenth);
-    number("  the same, a tenth selected", median(ms, 15), "ms", 0, true);
+    number("  the same, a tenth selected", median_step(e, s, 15, &at, &tenth), "ms", 0, true);
     CHECK(ibid_engine_gpu_look(e, &look) && look.streamed_steps >= 3, "the pool holds it all");
     ibid_seq_close(s);
     ibid_engine_close(e);

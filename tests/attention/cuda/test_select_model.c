@@ -24,8 +24,8 @@ enum { STORED = PAGE + BLOCKS * BLOCK, PAGES = STORED / PAGE };
 
 typedef struct world {
     ibid_model *m;
-    ibid_engine *cpu, *gpu,
-        *small; /* small: with a pool that does not hold a whole context, or NULL */
+    ibid_engine *cpu, *gpu;
+    ibid_engine *small;           /* its pool does not hold a whole context; or NULL */
     ibid_kv_view *kv[1 + BLOCKS]; /* the prefix, then blocks encoded behind it */
 } world;
 
