@@ -38,10 +38,8 @@ template <int P, bool q8> struct slice {
 /* Bytes of two words, of each the ones in the same place side by side, as halves. */
 IBIDI_DEV void halves_of(uint32_t first, uint32_t second, uint32_t out[4]) {
     uint32_t a = bytes_of(first, second, 0x5140u), b = bytes_of(first, second, 0x7362u);
-    for (int i = 0; i < 2; i++) {
-        out[i] = two_bytes(a, i);
-        out[2 + i] = two_bytes(b, i);
-    }
+    out[0] = two_bytes(a, 0), out[1] = two_bytes(a, 1);
+    out[2] = two_bytes(b, 0), out[3] = two_bytes(b, 1);
 }
 
 /* Rows g and g + 8 of a lane: how far they see. */
