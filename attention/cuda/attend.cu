@@ -83,8 +83,8 @@ template <int P, bool q8, bool fine> struct query {
         rest = mine + N * 32;
         if (!q8) return;
         const float *s = (const float *)(const void *)(from + n * N * 512) + threadIdx.x % 32 / 4;
-        scale[0] = s[0] * (1.0f / IBIDI_CU_LOW);
-        if (!fine) scale[1] = s[8] * (1.0f / IBIDI_CU_LOW);
+        scale[0] = s[0] * (1.0f / (float)IBIDI_CU_LOW);
+        if (!fine) scale[1] = s[8] * (1.0f / (float)IBIDI_CU_LOW);
     }
 };
 

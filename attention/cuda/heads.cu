@@ -130,7 +130,8 @@ IBIDI_DEV void split_head(const float v[PARTS], unsigned parts, uint16_t *high, 
         if (i >= parts) break;
         if (q8) {
             float h = fminf(fmaxf(rintf(v[i] * inverse), -127.0f), 127.0f);
-            float l = fminf(fmaxf(rintf((v[i] * inverse - h) * IBIDI_CU_LOW), -127.0f), 127.0f);
+            float l =
+                fminf(fmaxf(rintf((v[i] * inverse - h) * (float)IBIDI_CU_LOW), -127.0f), 127.0f);
             high[32 * i + lane] = (uint8_t)(int8_t)h;
             low[32 * i + lane] = (uint8_t)(int8_t)l;
         } else {
