@@ -240,13 +240,17 @@ typedef struct ibidi_pick {
     ibidi_unit *units; /* [n] of the segments, then of live rows but the last ones */
     uint32_t *tokens;  /* [n] seen in each */
     size_t n, n_stored, room, n_segs;
-    size_t seen;         /* by the row */
-    uint16_t *summaries; /* [n_layers, n_kv_heads, room, width] */
-    size_t *done;        /* [n_layers] units whose summaries are there */
+    size_t seen;        /* by the row */
+    uint8_t *summaries; /* [n_layers, n_kv_heads] of ibid_page_sums */
+    float *spread;      /* [n_layers, n_kv_heads, 2, head_dim] of ibid_page_spread, all units */
+    size_t *done;       /* [n_layers] units whose summaries are there */
     /* Of one row, [n_kv_heads] each. */
-    float *query, *scores, *weight; /* [group, width], [group, room], [room] */
-    uint32_t *heap;                 /* [room] */
-    uint64_t *chosen;               /* [room / 64] */
+    float *padded;              /* [group, ibid_page_padded] */
+    uint32_t *quads;            /* of ibid_page_query */
+    float *query, *unit, *rank; /* of ibid_page_query */
+    float *scores, *weight;     /* [group, room], [room] */
+    uint32_t *heap;             /* [room] */
+    uint64_t *chosen;           /* [room / 64] */
     struct ibidi_picked {
         uint64_t read;
         double recall;

@@ -53,13 +53,18 @@ static void *take(arrays *a, size_t n, size_t size) {
 
 static void lay_out(const ibid_model *m, ibidi_pick *p, arrays *a) {
     ibid_page_shape shape = shape_of(m);
-    size_t width = ibid_page_width(&shape), kv = m->n_kv_heads, heads = m->n_heads, all = 0;
-    if (!ibid_mul_size(m->n_layers * kv * width, p->room, &all)) a->ok = false;
-    p->summaries = take(a, all, sizeof *p->summaries);
+    size_t kv = m->n_kv_heads, heads = m->n_heads, all = 0;
+    if (!ibid_mul_size(m->n_layers * kv * ibid_page_bytes(&shape), p->room, &all)) a->ok = false;
+    p->summaries = take(a, all, 1);
+    p->spread = take(a, m->n_layers * kv, 2 * m->head_dim * sizeof *p->spread);
     p->units = take(a, p->room, sizeof *p->units);
     p->tokens = take(a, p->room, sizeof *p->tokens);
     p->done = take(a, m->n_layers, sizeof *p->done);
-    p->query = take(a, heads, width * sizeof *p->query);
+    p->rank = take(a, kv, m->head_dim / 4 * sizeof *p->rank);
+    p->quads = take(a, kv, ibid_page_quads(&shape) * sizeof *p->quads);
+    p->unit = take(a, heads, sizeof *p->unit);
+    p->padded = take(a, heads, ibid_page_padded(&shape) * sizeof *p->padded);
+    p->query = take(a, heads, 4 * ibid_page_quads(&shape) * sizeof *p->query);
     p->scores = take(a, heads, p->room * sizeof *p->scores);
     p->weight = take(a, kv, p->room * sizeof *p->weight);
     p->heap = take(a, kv, p->room * sizeof *p->heap);
@@ -67,10 +72,9 @@ static void lay_out(const ibid_model *m, ibidi_pick *p, arrays *a) {
     p->picked = take(a, kv, sizeof *p->picked);
 }
 
-/* A pick with room for n units that knows what `old` (NULL: none) knew. */
+/* A pick with room for n units that lists those of `old` (NULL: none); summaries, which lie by
+ * rooms, are made again. */
 static ibid_err grow(const ibid_model *m, const ibidi_pick *old, size_t n, ibidi_pick **out) {
-    ibid_page_shape shape = shape_of(m);
-    size_t row = ibid_page_width(&shape) * sizeof *old->summaries;
     arrays a = {.ok = true};
     ibidi_pick *p = ibid_calloc(1, sizeof *p);
     if (!p) return ibid_fail(IBID_NOMEM, "no memory to select among %zu pages", n);
@@ -91,10 +95,6 @@ static ibid_err grow(const ibid_model *m, const ibidi_pick *old, size_t n, ibidi
     if (old) {
         memcpy(p->units, old->units, old->n * sizeof *p->units);
         memcpy(p->tokens, old->tokens, old->n * sizeof *p->tokens);
-        memcpy(p->done, old->done, m->n_layers * sizeof *p->done);
-        for (size_t i = 0; i < m->n_layers * m->n_kv_heads; i++)
-            memcpy((uint8_t *)p->summaries + i * p->room * row,
-                   (const uint8_t *)old->summaries + i * old->room * row, old->n * row);
     }
     *out = p;
     return IBID_OK;
@@ -135,7 +135,7 @@ ibid_err ibidi_pick_ready(ibid_engine *e, const ibid_step *step) {
     s->picks = false;
     /* A row that does not see all that is stored, or too large a head, reads everything. */
     if (!step->select || step->select->share >= 1 || step->n != 1 || step->positions[0] < s->end ||
-        e->m->head_dim > IBID_PAGE_DIM_MAX || e->m->head_dim % 2)
+        e->m->head_dim > IBID_PAGE_DIM_MAX || e->m->head_dim % 4)
         return IBID_OK;
     if (s->pick && s->pick->n_segs != s->n_segs) {
         ibidi_pick_close(s->pick);
@@ -178,11 +178,15 @@ typedef struct job {
     size_t layer, from;
 } job;
 
-static uint16_t *summary_of(const ibid_model *m, const ibidi_pick *p, size_t layer, size_t head,
-                            size_t unit) {
+static ibid_page_sums sums_of(const ibid_model *m, const ibidi_pick *p, size_t layer, size_t head) {
     ibid_page_shape shape = shape_of(m);
-    return p->summaries +
-           ((layer * m->n_kv_heads + head) * p->room + unit) * ibid_page_width(&shape);
+    size_t i = layer * m->n_kv_heads + head;
+    return ibid_page_sums_at(&shape, p->summaries + i * p->room * ibid_page_bytes(&shape), p->room);
+}
+
+/* Two rows: of each dimension, steps' spread and the largest. */
+static float *spread_of(const ibid_model *m, const ibidi_pick *p, size_t layer, size_t head) {
+    return p->spread + (layer * m->n_kv_heads + head) * 2 * m->head_dim;
 }
 
 /* Keys of a page at a head, in f32, in RoPE's dimensions. */
@@ -214,8 +218,10 @@ static void summarise_part(void *arg, size_t part, size_t thread) {
     for (size_t i = 0; g && g->cos && i < shape.n_rot / 2; i++) back[i] = -g->sin[i];
     for (size_t h = 0; h < m->n_kv_heads; h++) {
         page_keys(j->e, s, u, j->layer, h, keys);
-        ibid_page_summary(&shape, keys, u->n, u->seen, g && g->cos ? g->cos : NULL, back,
-                          summary_of(m, j->p->pick, j->layer, h, unit));
+        if (g && g->cos)
+            j->e->k->rope(shape.pairing, keys, u->n, shape.head_dim, shape.n_rot, g->cos, back);
+        ibid_page_sums sums = sums_of(m, j->p->pick, j->layer, h);
+        ibid_page_summary(&shape, keys, u->n, u->seen, &sums, unit);
     }
 }
 
@@ -224,6 +230,13 @@ void ibidi_pick_summarise(ibid_engine *e, const ibidi_piece *p, size_t layer) {
     if (j.from >= p->pick->n) return;
     ibid_pool_run(e->pool, p->pick->n - j.from, summarise_part, &j);
     p->pick->done[layer] = p->pick->n;
+    ibid_page_shape shape = shape_of(e->m);
+    for (size_t h = 0; h < e->m->n_kv_heads; h++) {
+        /* Of all pages, not of the new ones: rows may have been dropped since. */
+        ibid_page_sums sums = sums_of(e->m, p->pick, layer, h);
+        float *spread = spread_of(e->m, p->pick, layer, h);
+        ibid_page_spread(&shape, &sums, p->pick->n, spread, spread + e->m->head_dim);
+    }
 }
 
 /* ---- Choosing ---- */
@@ -239,18 +252,36 @@ const uint64_t *ibidi_pick_choose(const ibid_engine *e, const ibidi_piece *piece
     const ibid_model *m = e->m;
     ibidi_pick *p = piece->pick;
     ibid_page_shape shape = shape_of(m);
-    size_t width = ibid_page_width(&shape), words = p->room / 64, last = p->seen;
-    float *query = p->query + head * e->group * width, *weight = p->weight + head * p->room;
+    size_t width = ibid_page_padded(&shape), n_quads = ibid_page_quads(&shape),
+           words = p->room / 64, last = p->seen;
+    float *weight = p->weight + head * p->room;
     float *scores = p->scores + head * e->group * p->room;
     uint64_t *chosen = p->chosen + head * words;
-    ibid_tensor rows = {.type = IBID_F16,
-                        .rows = p->n,
-                        .cols = width,
-                        .row_bytes = width * sizeof *p->summaries,
-                        .data = summary_of(m, p, layer, head, 0)};
-    for (size_t g = 0; g < e->group; g++)
-        ibid_page_query(&shape, q + g * m->head_dim, IBID_PAGE_SPREAD, query + g * width);
-    e->k->matmul(&rows, 0, p->n, query, width, e->group, scores, p->room, th->matmul);
+    float *padded = p->padded + head * e->group * width;
+    ibid_page_sums sums = sums_of(m, p, layer, head);
+    ibid_tensor means = {.type = IBID_F16,
+                         .rows = p->n,
+                         .cols = width,
+                         .row_bytes = width * sizeof *sums.means,
+                         .data = sums.means};
+    for (size_t g = 0; g < e->group; g++) /* what is behind head_dim stays 0 */
+        memcpy(padded + g * width, q + g * m->head_dim, m->head_dim * sizeof *padded);
+    e->k->matmul(&means, 0, p->n, padded, width, e->group, scores, p->room, th->matmul);
+    const float *spread = spread_of(m, p, layer, head);
+    ibid_page_query ask = {.quads = p->quads + head * n_quads,
+                           .q = p->query + head * e->group * 4 * n_quads,
+                           .unit = p->unit + head * e->group,
+                           .rank = p->rank + head * (m->head_dim / 4)};
+    ibid_page_ask(&shape, q, e->group, spread, spread + m->head_dim, &ask);
+    ibid_page_look look = {.steps = sums.steps,
+                           .codes = sums.codes,
+                           .quads = ask.quads,
+                           .q = ask.q,
+                           .unit = ask.unit,
+                           .room = sums.room,
+                           .n = n_quads,
+                           .group = e->group};
+    e->k->page_scores(&look, p->n, scores, p->room);
     memset(weight, 0, p->n * sizeof *weight);
     for (size_t g = 0; g < e->group; g++)
         ibid_page_weigh(scores + g * p->room, p->tokens, p->n, weight);

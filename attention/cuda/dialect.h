@@ -109,6 +109,10 @@ IBIDI_DEV uint4 load_stream(const uint4 *p) { /* read once: not kept in the firs
 IBIDI_DEV unsigned bits_of(uint64_t v) { /* how many are set */
     return (unsigned)__popcll(v);
 }
+/* c and the products of four int8 each. */
+IBIDI_DEV int32_t dot4(uint32_t a, uint32_t b, int32_t c) {
+    return __dp4a((int)a, (int)b, c);
+}
 
 extern "C" ibid_err ibidi_device_check(int code, const char *what);
 

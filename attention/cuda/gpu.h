@@ -125,7 +125,7 @@ struct ibidi_gpu_seq {
     size_t uploaded_bytes;
     ibidi_cu_seq view; /* into the table */
     size_t n_turns;
-    ibidi_gpu_room summaries; /* [n_layers, n_kv_heads, summary_room, width] f16 */
+    ibidi_gpu_room summaries; /* of ibidi_cu_choosing, and its spread behind them */
     size_t summary_room, summary_segs;
     size_t *summed;  /* [n_layers] pages whose summaries are there */
     uint8_t *mirror; /* pages of a layer read back */

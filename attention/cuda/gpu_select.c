@@ -13,9 +13,13 @@ enum {
     GRID_STEP = 64   /* pages by which recorded launches grow */
 };
 
+/* All summaries, and the spreads behind them. */
 static size_t summary_bytes(const struct ibidi_gpu *g, size_t room) {
-    return g->m->n_layers * g->m->n_kv_heads * room * ibidi_cu_summary_width(g->shape.head_dim) *
-           sizeof(uint16_t);
+    return g->m->n_layers * g->m->n_kv_heads * room * ibidi_cu_summary_bytes(g->shape.head_dim);
+}
+
+static size_t spread_bytes(const struct ibidi_gpu *g) {
+    return g->m->n_layers * g->m->n_kv_heads * 2 * g->shape.head_dim * sizeof(float);
 }
 
 /* Room for summaries of all the sequence's pages; forgets those that are not its any more. */
@@ -28,7 +32,7 @@ static ibid_err ready_summaries(struct ibidi_gpu *g, ibid_seq *s) {
     if (q->summary_room != q->page_room || q->summary_segs != s->n_segs) {
         memset(q->summed, 0, n_layers * sizeof *q->summed);
         q->summary_room = 0;
-        err = ibidi_gpu_reserve(g, &q->summaries, summary_bytes(g, q->page_room));
+        err = ibidi_gpu_reserve(g, &q->summaries, summary_bytes(g, q->page_room) + spread_bytes(g));
         if (err) return err;
         q->summary_room = q->page_room;
         q->summary_segs = s->n_segs;
@@ -154,6 +158,7 @@ static void fill_choosing(const struct ibidi_gpu *g, ibidi_gpu_choice *c, ibidi_
     ibidi_cu_choosing *a = &c->c;
     a->seq = q->view;
     a->summaries = q->summaries.p;
+    a->spread = (float *)(void *)(a->summaries + summary_bytes(g, q->summary_room));
     c->fresh = 0;
     c->grid = ibid_align_up(a->last, GRID_STEP);
     for (size_t l = 0; l < g->m->n_layers; l++) {

@@ -1,16 +1,20 @@
 /* Decode-time selection of pages (select.h): summaries of a page's keys, their scores against a
- * row's queries, and the heaviest ones in order. Quest's bounds (arXiv:2406.10774) with the
- * departures of attention/kernels/select.h, whose functions are the oracle. */
+ * row's queries, and the heaviest ones in order. The method, its sources and the functions that are
+ * the oracle: attention/kernels/select.h. */
 #include "attention/cuda/dialect.h"
 #include "attention/cuda/select.h"
 
 enum {
     PAIRS = IBIDI_CU_DIM_MAX / 64, /* of a lane, at most */
+    QUADS = IBIDI_CU_DIM_MAX / 4,
+    QUADS_READ = (QUADS * 3 + 7) / 8,
     SCORE_WARPS = 4,
+    SCORE_PAGES = 8 * SCORE_WARPS, /* of a thread block, so that its choice of quads pays */
+    SCORE_HEADS = 4,               /* of a thread block: a warp's for scaling */
     THREADS = 256
 };
 
-#define SPREAD 0.5f /* IBID_PAGE_SPREAD */
+#define PAGE_UNIT (15.0f / 28000.0f) /* IBID_PAGE_UNIT */
 
 /* The dimensions that RoPE turns together as pair i; those past n_rot with their neighbours. */
 IBIDI_DEV void pair_of(const ibidi_cu_shape &m, unsigned i, unsigned *a, unsigned *b) {
@@ -38,19 +42,60 @@ IBIDI_DEV void load_key(const ibidi_cu_shape &m, const uint8_t *head, unsigned t
     sync_warp();
 }
 
-IBIDI_DEV uint16_t *summary_of(const ibidi_cu_shape &m, const ibidi_cu_choosing &a, unsigned layer,
-                               unsigned head, unsigned page) {
-    return a.summaries + (((size_t)layer * m.n_kv_heads + head) * a.room + page) *
-                             ibidi_cu_summary_width(m.head_dim);
+/* Of a (layer, kv head). */
+struct summaries {
+    uint32_t *codes; /* [dim / 4, room, 32] */
+    float4 *steps;   /* [dim / 4, room] */
+    uint16_t *means; /* [room, dim] */
+};
+
+IBIDI_DEV summaries summaries_of(const ibidi_cu_shape &m, const ibidi_cu_choosing &a,
+                                 unsigned layer, unsigned head) {
+    size_t dim = m.head_dim, room = a.room, n = (size_t)layer * m.n_kv_heads + head;
+    uint8_t *at = a.summaries + n * room * ibidi_cu_summary_bytes(m.head_dim);
+    uint8_t *steps = at + dim * room * (IBIDI_CU_PAGE / 2);
+    return {(uint32_t *)(void *)at, (float4 *)(void *)steps,
+            (uint16_t *)(void *)(steps + dim * room * sizeof(float))};
 }
 
-/* The least f16 that is not below a value. */
-IBIDI_DEV uint16_t half_above(float v) {
-    uint16_t h = f32_to_f16(v);
-    return f16_to_f32(h) < v && h < 0x7c00 ? (uint16_t)(h + 1) : h;
+/* A page's keys, and what a warp knows of them: a lane has pairs lane, lane + 32, ... */
+struct page_keys {
+    const ibidi_cu_shape &m;
+    const uint8_t *head;
+    const float *turn; /* of queries back; keys go the other way. NULL: none */
+    float *space;      /* [dim] */
+    float x[PAIRS] = {}, y[PAIRS] = {};
+
+    IBIDI_DEV_METHOD void load(unsigned token) {
+        load_key(m, head, token, space);
+#pragma unroll
+        for (unsigned j = 0; j < PAIRS; j++) {
+            unsigned i = threadIdx.x % 32 + 32 * j, first, second;
+            if (i >= m.head_dim / 2) break;
+            pair_of(m, i, &first, &second);
+            float u = space[first], v = space[second];
+            bool turns = turn && i < m.n_rot / 2;
+            float cos = turns ? turn[i] : 1, sin = turns ? -turn[m.n_rot / 2 + i] : 0;
+            x[j] = turns ? u * cos - v * sin : u;
+            y[j] = turns ? u * sin + v * cos : v;
+        }
+        sync_warp();
+    }
+};
+
+/* What is no number becomes 0. */
+IBIDI_DEV uint32_t code_of(float difference, float inverse) {
+    float v = difference * inverse + 8; /* rounds when it is cut */
+    v = v > 0 ? v : 0;
+    return (uint32_t)(v < 15 ? v : 15);
 }
 
-/* A warp makes the summary of a page at a kv head; a lane has pairs lane, lane + 32, ... */
+IBIDI_DEV float mean_as_stored(float v, uint16_t *stored) {
+    *stored = f32_to_f16(fminf(fmaxf(v, -65504.0f), 65504.0f));
+    return f16_to_f32(*stored);
+}
+
+/* A warp makes the summary of a page at a kv head. */
 __global__ void __launch_bounds__(32)
     summary_kernel(ibidi_cu_shape m, const ibidi_cu_choosing *table, unsigned layer) {
     __shared__ float space[IBIDI_CU_DIM_MAX];
@@ -59,80 +104,228 @@ __global__ void __launch_bounds__(32)
     unsigned page = a.from[layer] + blockIdx.x;
     if (page >= a.last) return;
     const ibidi_cu_page p = a.seq.pages[page];
-    const uint8_t *keys =
-        a.pool + ((size_t)a.seq.cells[(size_t)layer * a.seq.room + page] * m.n_kv_heads + head) *
-                     ibidi_cu_head_bytes(dim, m.q8);
-    uint16_t *out = summary_of(m, a, layer, head, page);
-    float x[PAIRS] = {}, y[PAIRS] = {}, far[PAIRS] = {};
-    unsigned count = 0, first, second;
-    for (int pass = 0; pass < 2; pass++) {
-        for (unsigned t = 0; t < p.n; t++) {
-            if (!(p.keep >> t & 1)) continue;
-            load_key(m, keys, t, space);
+    size_t cell = a.seq.cells[(size_t)layer * a.seq.room + page];
+    page_keys k = {m, a.pool + (cell * m.n_kv_heads + head) * ibidi_cu_head_bytes(dim, m.q8),
+                   p.turn ? a.seq.turns + (size_t)(p.turn - 1) * m.n_rot : NULL, space};
+    const summaries out = summaries_of(m, a, layer, head);
+    float x[PAIRS] = {}, y[PAIRS] = {}, far_x[PAIRS] = {}, far_y[PAIRS] = {};
+    unsigned count = 0, one = 0, first, second;
+    for (unsigned t = 0; t < p.n; t++) {
+        if (!(p.keep >> t & 1)) continue;
+        k.load(t);
 #pragma unroll
-            for (unsigned j = 0; j < PAIRS; j++) {
-                unsigned i = lane + 32 * j;
-                if (i >= dim / 2) break;
-                pair_of(m, i, &first, &second);
-                if (!pass) {
-                    x[j] += space[first];
-                    y[j] += space[second];
-                } else {
-                    float dx = space[first] - x[j], dy = space[second] - y[j];
-                    far[j] = fmaxf(far[j], dx * dx + dy * dy);
-                }
-            }
-            if (!pass) count++;
-            sync_warp();
+        for (unsigned j = 0; j < PAIRS; j++) {
+            x[j] += k.x[j];
+            y[j] += k.y[j];
         }
-        float inverse = count ? 1 / (float)count : 0;
-#pragma unroll
-        for (unsigned j = 0; !pass && j < PAIRS; j++) {
-            x[j] *= inverse;
-            y[j] *= inverse;
-        }
+        if (!count++) one = t;
     }
-    const float *c = p.turn ? a.seq.turns + (size_t)(p.turn - 1) * m.n_rot : NULL;
+    float inverse = count ? 1 / (float)count : 0;
 #pragma unroll
     for (unsigned j = 0; j < PAIRS; j++) {
         unsigned i = lane + 32 * j;
         if (i >= dim / 2) break;
-        float u = x[j], v = y[j];
-        if (c && i < m.n_rot / 2) { /* turns take queries back; keys go the other way */
-            float cos = c[i], sin = -c[m.n_rot / 2 + i];
-            u = x[j] * cos - y[j] * sin;
-            v = x[j] * sin + y[j] * cos;
-        }
         pair_of(m, i, &first, &second);
-        out[first] = f32_to_f16(u);
-        out[second] = f32_to_f16(v);
-        float du = u - f16_to_f32(out[first]), dv = v - f16_to_f32(out[second]);
-        float r = sqrtf(far[j]) + sqrtf(du * du + dv * dv) + 1e-6f * sqrtf(u * u + v * v);
-        out[dim + i] = half_above(r * (1 + 1e-6f));
+        x[j] = mean_as_stored(x[j] * inverse, &out.means[(size_t)page * dim + first]);
+        y[j] = mean_as_stored(y[j] * inverse, &out.means[(size_t)page * dim + second]);
     }
-    for (unsigned i = dim + dim / 2 + lane; i < ibidi_cu_summary_width(dim); i += 32) out[i] = 0;
+    for (unsigned t = 0; t < p.n; t++) {
+        if (!(p.keep >> t & 1)) continue;
+        k.load(t);
+#pragma unroll
+        for (unsigned j = 0; j < PAIRS; j++) {
+            far_x[j] = fmaxf(far_x[j], fabsf(k.x[j] - x[j]));
+            far_y[j] = fmaxf(far_y[j], fabsf(k.y[j] - y[j]));
+        }
+    }
+#pragma unroll
+    for (unsigned j = 0; j < PAIRS; j++) {
+        unsigned i = lane + 32 * j;
+        if (i >= dim / 2) break;
+        float *steps = (float *)(out.steps + (size_t)(i / 2) * a.room + page) + i % 2 * 2;
+        steps[0] = far_x[j] / 7.5f;
+        steps[1] = far_y[j] / 7.5f;
+        far_x[j] = far_x[j] > 0 ? 7.5f / far_x[j] : 0;
+        far_y[j] = far_y[j] > 0 ? 7.5f / far_y[j] : 0;
+    }
+    for (unsigned t = 0; t < IBIDI_CU_PAGE; t += 2) {
+        uint32_t two[PAIRS] = {};
+        for (unsigned u = 0; u < 2; u++) {
+            k.load(t + u < p.n && p.keep >> (t + u) & 1 ? t + u : one);
+#pragma unroll
+            for (unsigned j = 0; j < PAIRS; j++)
+                two[j] |= (code_of(k.x[j] - x[j], far_x[j]) | code_of(k.y[j] - y[j], far_y[j]) << 8)
+                          << 4 * u;
+        }
+#pragma unroll
+        for (unsigned j = 0; j < PAIRS; j++) {
+            unsigned i = lane + 32 * j;
+            if (i >= dim / 2) break;
+            uint32_t *word = out.codes + ((size_t)(i / 2) * a.room + page) * 32 + t / 2;
+            ((uint16_t *)(void *)word)[i % 2] = (uint16_t)two[j];
+        }
+    }
 }
 
-/* A warp scores a page for the queries that share a kv head. */
+/* A thread block sums up a quad's steps at a kv head. */
+__global__ void __launch_bounds__(THREADS)
+    steps_kernel(ibidi_cu_shape m, const ibidi_cu_choosing *table, unsigned layer) {
+    __shared__ float space[33];
+    const ibidi_cu_choosing a = *table;
+    unsigned quad = blockIdx.x, head = blockIdx.y;
+    if (a.from[layer] >= a.last) return;
+    const float4 *steps = summaries_of(m, a, layer, head).steps + (size_t)quad * a.room;
+    float sum[4] = {}, most[4] = {};
+    for (unsigned i = threadIdx.x; i < a.last; i += THREADS) {
+        const float4 v = steps[i];
+        const float s[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (unsigned k = 0; k < 4; k++) {
+            sum[k] += s[k] * s[k];
+            most[k] = fmaxf(most[k], s[k]);
+        }
+    }
+    float *out =
+        a.spread + ((size_t)layer * m.n_kv_heads + head) * 2 * m.head_dim + (size_t)4 * quad;
+#pragma unroll
+    for (unsigned k = 0; k < 4; k++) {
+        float all = block_reduce<false>(sum[k], space);
+        __syncthreads();
+        float top = block_reduce<true>(most[k], space);
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            out[k] = sqrtf(all);
+            out[m.head_dim + k] = top;
+        }
+    }
+}
+
+/* The dimension that is number i in the order of quads. */
+IBIDI_DEV unsigned in_order(const ibidi_cu_shape &m, unsigned i) {
+    unsigned first, second;
+    pair_of(m, i / 2, &first, &second);
+    return i % 2 ? second : first;
+}
+
+/* What a thread block looks for: of heads that share keys, SCORE_HEADS. */
+struct question {
+    float rank[QUADS];
+    uint32_t before[QUADS]; /* how many rank higher */
+    uint32_t quads[QUADS_READ];
+    float q[SCORE_HEADS][4 * QUADS_READ]; /* in units */
+    float unit[SCORE_HEADS];
+};
+
+/* Returns how many quads are read. q [group, dim]; the block's heads are those from `from` on. */
+IBIDI_DEV unsigned ask(const ibidi_cu_shape &m, const float *q, const float *spread, unsigned from,
+                       question *out) {
+    unsigned me = threadIdx.x, lane = me % 32, dim = m.head_dim, n = (dim / 4 * 3 + 7) / 8;
+    for (unsigned i = me; i < dim / 4; i += 32 * SCORE_WARPS) {
+        float rank = 0;
+        for (unsigned k = 0; k < 4; k++) {
+            unsigned d = in_order(m, 4 * i + k);
+            float sum = 0;
+            for (unsigned g = 0; g < m.group; g++) sum += fabsf(q[(size_t)g * dim + d]);
+            rank += spread[4 * i + k] * sum;
+        }
+        out->rank[i] = rank;
+    }
+    __syncthreads();
+    for (unsigned i = me; i < dim / 4; i += 32 * SCORE_WARPS) {
+        unsigned before = 0;
+        for (unsigned j = 0; j < dim / 4; j++)
+            before += out->rank[j] > out->rank[i] || (out->rank[j] == out->rank[i] && j < i);
+        out->before[i] = before;
+    }
+    __syncthreads();
+    for (unsigned i = me; i < dim / 4; i += 32 * SCORE_WARPS) {
+        unsigned at = 0;
+        if (out->before[i] >= n) continue;
+        for (unsigned j = 0; j < i; j++) at += out->before[j] < n;
+        out->quads[at] = i;
+    }
+    __syncthreads();
+    unsigned g = me / 32;
+    if (from + g < m.group) {
+        float most = 0, sum = 0;
+        for (unsigned i = lane; i < 4 * n; i += 32) {
+            unsigned at = 4 * out->quads[i / 4] + i % 4;
+            float v = q[(size_t)(from + g) * dim + in_order(m, at)];
+            float size = fabsf(v) * spread[dim + at];
+            out->q[g][i] = v;
+            most = fmaxf(most, size);
+            sum += size;
+        }
+        float unit = fmaxf(warp_max(most) / 127, warp_sum(sum) * PAGE_UNIT);
+        for (unsigned i = lane; i < 4 * n; i += 32)
+            out->q[g][i] = unit > 0 ? out->q[g][i] / unit : 0;
+        if (lane == 0) out->unit[g] = unit;
+    }
+    __syncthreads();
+    return n;
+}
+
+/* A warp's coefficients at a page, four bytes a quad, into words; base: what they add up to, of
+ * this lane's. */
+IBIDI_DEV void coefficients(const question &x, unsigned heads, unsigned n, const float4 *steps,
+                            size_t room, uint32_t (*words)[QUADS_READ], int *base) {
+    for (unsigned k = threadIdx.x % 32; k < n; k += 32) {
+        const float4 s = steps[(size_t)x.quads[k] * room];
+        for (unsigned g = 0; g < heads; g++) {
+            const float *q = x.q[g] + 4 * k;
+            int a = (int)rintf(q[0] * s.x), b = (int)rintf(q[1] * s.y);
+            int c = (int)rintf(q[2] * s.z), d = (int)rintf(q[3] * s.w);
+            words[g][k] = ((uint32_t)a & 255) | ((uint32_t)b & 255) << 8 |
+                          ((uint32_t)c & 255) << 16 | (uint32_t)d << 24;
+            base[g] += a + b + c + d;
+        }
+    }
+    sync_warp();
+}
+
+/* A warp scores pages for up to SCORE_HEADS of the queries that share a kv head. */
 __global__ void __launch_bounds__(32 * SCORE_WARPS)
     score_kernel(ibidi_cu_shape m, const ibidi_cu_choosing *table, unsigned layer, const float *q) {
+    __shared__ question x;
+    __shared__ uint32_t words[SCORE_WARPS][SCORE_HEADS][QUADS_READ];
     const ibidi_cu_choosing a = *table;
-    unsigned lane = threadIdx.x % 32, page = blockIdx.x * SCORE_WARPS + threadIdx.x / 32;
-    unsigned head = blockIdx.y, dim = m.head_dim, first, second;
+    unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y;
+    unsigned page = blockIdx.x * SCORE_PAGES, dim = m.head_dim, from = blockIdx.z * SCORE_HEADS;
     if (page >= a.last) return;
-    const uint16_t *sum = summary_of(m, a, layer, head, page);
-    float *scores = a.weight + (size_t)head * (m.group + 1) * a.room + page;
-    for (unsigned g = 0; g < m.group; g++) {
-        const float *at = q + ((size_t)head * m.group + g) * dim;
-        float score = 0;
-        for (unsigned i = lane; i < dim / 2; i += 32) {
-            pair_of(m, i, &first, &second);
-            float u = at[first], v = at[second];
-            score += u * f16_to_f32(sum[first]) + v * f16_to_f32(sum[second]) +
-                     SPREAD * sqrtf(u * u + v * v) * f16_to_f32(sum[dim + i]);
+    unsigned end = page + SCORE_PAGES < a.last ? page + SCORE_PAGES : a.last;
+    unsigned heads = m.group - from;
+    if (heads > SCORE_HEADS) heads = SCORE_HEADS;
+    const summaries sums = summaries_of(m, a, layer, head);
+    const float *spread = a.spread + ((size_t)layer * m.n_kv_heads + head) * 2 * dim;
+    q += (size_t)head * m.group * dim;
+    unsigned n = ask(m, q, spread, from, &x);
+    float *scores = a.weight + ((size_t)head * (m.group + 1) + from) * a.room;
+    for (page += warp; page < end; page += SCORE_WARPS) {
+        int base[SCORE_HEADS] = {}, even[SCORE_HEADS] = {}, odd[SCORE_HEADS] = {};
+        float mean[SCORE_HEADS] = {};
+        coefficients(x, heads, n, sums.steps + page, a.room, words[warp], base);
+#pragma unroll 4
+        for (unsigned k = 0; k < n; k++) {
+            uint32_t w = sums.codes[((size_t)x.quads[k] * a.room + page) * 32 + lane];
+#pragma unroll
+            for (unsigned g = 0; g < SCORE_HEADS; g++) {
+                uint32_t c = words[warp][g][k]; /* heads that are not there: whatever */
+                even[g] = dot4(w & 0x0f0f0f0fu, c, even[g]);
+                odd[g] = dot4(w >> 4 & 0x0f0f0f0fu, c, odd[g]);
+            }
         }
-        score = warp_sum(score);
-        if (lane == 0) scores[(size_t)g * a.room] = score;
+        for (unsigned d = lane; d < dim; d += 32) {
+            float v = f16_to_f32(sums.means[(size_t)page * dim + d]);
+            for (unsigned g = 0; g < heads; g++) mean[g] += q[(size_t)(from + g) * dim + d] * v;
+        }
+#pragma unroll
+        for (unsigned g = 0; g < SCORE_HEADS; g++) {
+            if (g >= heads) break;
+            float best = warp_max((float)(even[g] > odd[g] ? even[g] : odd[g]));
+            float rest = warp_sum(mean[g] - 7.5f * x.unit[g] * (float)base[g]);
+            if (lane == 0) scores[(size_t)g * a.room + page] = rest + x.unit[g] * best;
+        }
+        sync_warp(); /* before the words are the next page's */
     }
 }
 
@@ -263,17 +456,21 @@ __global__ void __launch_bounds__(THREADS)
 extern "C" ibid_err ibidi_cu_summarise(ibidi_cu_stream s, const ibidi_cu_shape *m,
                                        const ibidi_cu_choosing *a, size_t layer, size_t n) {
     if (n == 0) return IBID_OK;
-    return launch("summarise", summary_kernel, dim3((unsigned)n, m->n_kv_heads), 32, 0, s, *m, a,
-                  (unsigned)layer);
+    ibid_err err = launch("summarise", summary_kernel, dim3((unsigned)n, m->n_kv_heads), 32, 0, s,
+                          *m, a, (unsigned)layer);
+    return err ? err
+               : launch("steps", steps_kernel, dim3(m->head_dim / 4, m->n_kv_heads), THREADS, 0, s,
+                        *m, a, (unsigned)layer);
 }
 
 extern "C" ibid_err ibidi_cu_choose(ibidi_cu_stream s, const ibidi_cu_shape *m,
                                     const ibidi_cu_choosing *a, size_t layer, size_t n,
                                     const float *q) {
     if (n == 0) return IBID_OK;
-    ibid_err err = launch("page scores", score_kernel,
-                          dim3((unsigned)((n + SCORE_WARPS - 1) / SCORE_WARPS), m->n_kv_heads),
-                          32 * SCORE_WARPS, 0, s, *m, a, (unsigned)layer, q);
+    dim3 grid((unsigned)((n + SCORE_PAGES - 1) / SCORE_PAGES), m->n_kv_heads,
+              (m->group + SCORE_HEADS - 1) / SCORE_HEADS);
+    ibid_err err = launch("page scores", score_kernel, grid, 32 * SCORE_WARPS, 0, s, *m, a,
+                          (unsigned)layer, q);
     return err ? err
                : launch("choose", choose_kernel, dim3(m->n_kv_heads), THREADS, 0, s, *m, a,
                         (unsigned)layer);

@@ -11,9 +11,10 @@
 extern "C" {
 #endif
 
-/* Halves in a summary: mean, radii, zeros up to a multiple of 32. */
-IBIDI_CU_BOTH uint32_t ibidi_cu_summary_width(uint32_t dim) {
-    return (dim + dim / 2 + 31) / 32 * 32;
+/* Bytes of a page at a kv head and layer: of each (layer, kv head) there are codes [dim / 4, room,
+ * 32, 4], steps f32 [dim / 4, room, 4] and means f16 [room, dim], one behind the other. */
+IBIDI_CU_BOTH uint32_t ibidi_cu_summary_bytes(uint32_t dim) {
+    return dim * (IBIDI_CU_PAGE / 2 + 4 + 2);
 }
 
 /* One row's choosing; pointers to device memory. It lies there itself, among the tables of a pass,
@@ -26,7 +27,8 @@ typedef struct ibidi_cu_choosing {
     uint32_t n_chosen;    /* at most n, and more than there are from `last` on */
     const uint32_t *from; /* [n_layers] pages before this one have their summaries */
     const uint8_t *pool;
-    uint16_t *summaries;  /* [n_layers, n_kv_heads, room, width] */
+    uint8_t *summaries;   /* [n_layers, n_kv_heads, room] of ibidi_cu_summary_bytes */
+    float *spread;        /* [n_layers, n_kv_heads, 2, dim] of all pages, in the order of quads */
     float *weight;        /* [n_kv_heads, group + 1, room]: scores, then ranks */
     ibidi_cu_page *pages; /* [n_kv_heads, n_chosen] the result, in order; empty ones last */
     uint32_t *cells;      /* the same: where in the pool */
@@ -34,8 +36,8 @@ typedef struct ibidi_cu_choosing {
     uint32_t *read;       /* [n_kv_heads] += tokens in them */
 } ibidi_cu_choosing;
 
-/* Makes the summaries of a layer's pages from `from` up to `last`, turned to their places; n: at
- * least as many. */
+/* Makes the summaries of a layer's pages from `from` up to `last`, turned to their places, and the
+ * spread anew if there are some; n: at least as many. */
 ibid_err ibidi_cu_summarise(ibidi_cu_stream s, const ibidi_cu_shape *m, const ibidi_cu_choosing *a,
                             size_t layer, size_t n);
 /* Chooses for the row with queries q [n_heads * head_dim] (those of ibidi_cu_finish_heads). n: at

@@ -69,6 +69,16 @@ static inline size_t ibid_key_panels_of(size_t n_keys) {
 void ibid_key_panels_pack(const int8_t *keys, size_t n_keys, size_t dim, uint8_t *out);
 void ibid_key_panels_unpack(const uint8_t *panels, size_t i, size_t dim, int8_t *key);
 
+/* Where pages' best tokens are looked for (select.h), for heads that share their keys. */
+typedef struct ibid_page_look {
+    const float *steps;    /* [dim / 4, room, 4] */
+    const uint8_t *codes;  /* [dim / 4, room, 32, 4] */
+    const uint32_t *quads; /* [n], n up to IBID_PAGE_LOOK_MAX */
+    const float *q, *unit; /* [group, n, 4], [group] */
+    size_t room, n, group;
+} ibid_page_look;
+enum { IBID_PAGE_LOOK_MAX = 96 };
+
 /* Values that share a scale where kv_pack packs n of them as q8_0. */
 static inline size_t ibid_kv_group(size_t n) {
     return n % 64 ? 32 : 64;
@@ -135,6 +145,11 @@ typedef struct ibid_kernels {
      * more, since nothing has to be turned. */
     void (*maxsim_panels)(const int8_t *q, size_t n_q, size_t dim, const ibid_key_panels *blocks,
                           size_t n, int32_t *best);
+
+    /* score[g * ld + i] += unit[g] max over tokens t < 64 of the sum over quads p and their
+     * dimensions j of round(q[g, p, j] steps[p, i, j]) (code[p, i, t, j] - 7.5), for pages i <
+     * n_pages. Sums of 15 times all rounded sizes are below 2^15. */
+    void (*page_scores)(const ibid_page_look *look, size_t n_pages, float *score, size_t ld);
 
     /* Optional, all NULL or none: matmul of quantised weights in panels (panel.h) with activations
      * rounded to integers; several times as fast. Approximate: each group of 32 values of x is

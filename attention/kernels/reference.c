@@ -250,6 +250,32 @@ static void ref_maxsim_panels(const int8_t *q, size_t n_q, size_t dim, const ibi
     }
 }
 
+static void page_score(const ibid_page_look *p, size_t page, float *score, size_t ld) {
+    int32_t c[4 * IBID_PAGE_LOOK_MAX];
+    for (size_t g = 0; g < p->group; g++) {
+        int32_t sum = 0, best = INT32_MIN;
+        for (size_t i = 0; i < 4 * p->n; i++) {
+            size_t at = p->quads[i / 4] * p->room + page;
+            c[i] = (int32_t)lrintf(p->q[4 * g * p->n + i] * p->steps[4 * at + i % 4]);
+            sum += c[i];
+        }
+        for (size_t t = 0; t < 64; t++) {
+            int32_t of = 0;
+            for (size_t i = 0; i < 4 * p->n; i++) {
+                size_t at = p->quads[i / 4] * p->room + page;
+                uint8_t two = p->codes[128 * at + t / 2 * 4 + i % 4];
+                of += c[i] * (t % 2 ? two >> 4 : two & 15);
+            }
+            if (of > best) best = of;
+        }
+        score[g * ld] += p->unit[g] * ((float)best - 7.5f * (float)sum);
+    }
+}
+
+static void ref_page_scores(const ibid_page_look *p, size_t n_pages, float *score, size_t ld) {
+    for (size_t i = 0; i < n_pages; i++) page_score(p, i, score + i, ld);
+}
+
 const ibid_kernels ibidi_kernels_reference = {
     .name = "reference",
     .supported = always,
@@ -267,4 +293,5 @@ const ibid_kernels ibidi_kernels_reference = {
     .kv_unpack = ref_kv_unpack,
     .maxsim_i8 = ref_maxsim_i8,
     .maxsim_panels = ref_maxsim_panels,
+    .page_scores = ref_page_scores,
 };

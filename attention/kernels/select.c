@@ -12,19 +12,36 @@ static void pair_of(const ibid_page_shape *s, size_t i, size_t *a, size_t *b) {
     *b = half ? i + s->n_rot / 2 : 2 * i + 1;
 }
 
-size_t ibid_page_width(const ibid_page_shape *s) {
-    return (s->head_dim + s->head_dim / 2 + 31) / 32 * 32;
+size_t ibid_page_padded(const ibid_page_shape *s) {
+    return (s->head_dim + 31) / 32 * 32;
 }
 
-/* The least f16 that is not below a value. */
-static uint16_t half_above(float v) {
-    uint16_t h = ibid_f32_to_f16(v);
-    while (ibid_f16_to_f32(h) < v && h < 0x7c00) h++;
-    return h;
+size_t ibid_page_quads(const ibid_page_shape *s) {
+    return (s->head_dim / 4 * IBID_PAGE_READ + 7) / 8;
 }
 
+size_t ibid_page_bytes(const ibid_page_shape *s) {
+    size_t padded = ibid_page_padded(s);
+    return padded * (sizeof(uint16_t) + sizeof(float)) + s->head_dim * IBID_PAGE_TOKENS / 2;
+}
+
+ibid_page_sums ibid_page_sums_at(const ibid_page_shape *s, void *at, size_t room) {
+    size_t padded = ibid_page_padded(s);
+    uint8_t *codes = at, *steps = codes + s->head_dim * room * IBID_PAGE_TOKENS / 2;
+    return (ibid_page_sums){.room = room,
+                            .codes = codes,
+                            .steps = (float *)(void *)steps,
+                            .means = (uint16_t *)(void *)(steps + padded * room * sizeof(float))};
+}
+
+/* The dimensions in the order of quads. */
+static void in_order(const ibid_page_shape *s, size_t *order) {
+    for (size_t i = 0; i < s->head_dim / 2; i++) pair_of(s, i, &order[2 * i], &order[2 * i + 1]);
+}
+
+/* The mean of the keys that count, as it is stored. */
 static void mean_of(const ibid_page_shape *s, const float *keys, size_t n, uint64_t seen,
-                    float *mean) {
+                    uint16_t *stored, float *mean) {
     size_t count = 0;
     for (size_t d = 0; d < s->head_dim; d++) mean[d] = 0;
     for (size_t t = 0; t < n; t++) {
@@ -33,49 +50,99 @@ static void mean_of(const ibid_page_shape *s, const float *keys, size_t n, uint6
         count++;
     }
     float inverse = count ? 1 / (float)count : 0;
-    for (size_t d = 0; d < s->head_dim; d++) mean[d] *= inverse;
+    for (size_t d = 0; d < s->head_dim; d++) {
+        stored[d] = ibid_f32_to_f16(fminf(fmaxf(mean[d] * inverse, -65504), 65504));
+        mean[d] = ibid_f16_to_f32(stored[d]);
+    }
+    memset(stored + s->head_dim, 0, (ibid_page_padded(s) - s->head_dim) * sizeof *stored);
+}
+
+/* What is no number becomes 0. */
+static uint8_t code_of(float difference, float inverse) {
+    float x = difference * inverse + 8; /* rounds when it is cut */
+    x = x > 0 ? x : 0;
+    return (uint8_t)(int)(x < 15 ? x : 15);
 }
 
 void ibid_page_summary(const ibid_page_shape *s, const float *keys, size_t n, uint64_t seen,
-                       const float *cos, const float *sin, uint16_t *out) {
-    float mean[IBID_PAGE_DIM_MAX], square[IBID_PAGE_DIM_MAX / 2];
-    size_t dim = s->head_dim, a, b;
-    mean_of(s, keys, n, seen, mean);
-    memset(square, 0, sizeof square);
+                       const ibid_page_sums *out, size_t page) {
+    float mean[IBID_PAGE_DIM_MAX], most[IBID_PAGE_DIM_MAX] = {0}, inverse[IBID_PAGE_DIM_MAX];
+    uint8_t codes[IBID_PAGE_TOKENS][IBID_PAGE_DIM_MAX];
+    size_t dim = s->head_dim, one = seen ? (size_t)__builtin_ctzll(seen) : 0;
+    size_t order[IBID_PAGE_DIM_MAX];
+    in_order(s, order);
+    mean_of(s, keys, n, seen, out->means + page * ibid_page_padded(s), mean);
     for (size_t t = 0; t < n; t++) {
         if (!(seen >> t & 1)) continue;
-        for (size_t i = 0; i < dim / 2; i++) {
-            pair_of(s, i, &a, &b);
-            float x = keys[t * dim + a] - mean[a], y = keys[t * dim + b] - mean[b];
-            square[i] = fmaxf(square[i], x * x + y * y);
+        for (size_t d = 0; d < dim; d++) {
+            float far = fabsf(keys[t * dim + d] - mean[d]);
+            most[d] = far > most[d] ? far : most[d];
         }
     }
-    for (size_t i = 0; i < dim / 2; i++) {
-        pair_of(s, i, &a, &b);
-        float x = mean[a], y = mean[b];
-        if (cos && i < s->n_rot / 2) {
-            x = mean[a] * cos[i] - mean[b] * sin[i];
-            y = mean[a] * sin[i] + mean[b] * cos[i];
-        }
-        out[a] = ibid_f32_to_f16(x);
-        out[b] = ibid_f32_to_f16(y);
-        /* What rounding moved, and a little for that of the sums here. */
-        float off = hypotf(x - ibid_f16_to_f32(out[a]), y - ibid_f16_to_f32(out[b]));
-        float far = sqrtf(square[i]) + off + 1e-6f * hypotf(x, y);
-        out[dim + i] = half_above(far * (1 + 1e-6f));
+    for (size_t d = 0; d < dim; d++) inverse[d] = most[d] > 0 ? 7.5f / most[d] : 0;
+    for (size_t t = 0; t < IBID_PAGE_TOKENS; t++) {
+        const float *k = keys + (t < n && seen >> t & 1 ? t : one) * dim;
+        for (size_t d = 0; d < dim; d++) codes[t][d] = code_of(k[d] - mean[d], inverse[d]);
     }
-    size_t used = dim + dim / 2;
-    memset(out + used, 0, (ibid_page_width(s) - used) * sizeof *out);
+    for (size_t i = 0; i < dim; i++) {
+        size_t at = i / 4 * out->room + page, d = order[i];
+        uint8_t *to = out->codes + at * IBID_PAGE_TOKENS * 2 + i % 4;
+        out->steps[at * 4 + i % 4] = most[d] / 7.5f;
+        for (size_t t = 0; t < IBID_PAGE_TOKENS; t += 2)
+            to[2 * t] = (uint8_t)(codes[t][d] | codes[t + 1][d] << 4);
+    }
 }
 
-void ibid_page_query(const ibid_page_shape *s, const float *q, float spread, float *out) {
-    size_t dim = s->head_dim, used = dim + dim / 2, a, b;
-    memcpy(out, q, dim * sizeof *out);
-    for (size_t i = 0; i < dim / 2; i++) {
-        pair_of(s, i, &a, &b);
-        out[dim + i] = spread * sqrtf(q[a] * q[a] + q[b] * q[b]);
+void ibid_page_spread(const ibid_page_shape *s, const ibid_page_sums *pages, size_t n,
+                      float *spread, float *most) {
+    size_t order[IBID_PAGE_DIM_MAX];
+    in_order(s, order);
+    for (size_t i = 0; i < s->head_dim; i += 4) {
+        const float *steps = pages->steps + i * pages->room;
+        float sum[4] = {0}, top[4] = {0};
+        for (size_t k = 0; k < 4 * n; k++) {
+            sum[k % 4] += steps[k] * steps[k];
+            top[k % 4] = steps[k] > top[k % 4] ? steps[k] : top[k % 4];
+        }
+        for (size_t k = 0; k < 4; k++) {
+            spread[order[i + k]] = sqrtf(sum[k]);
+            most[order[i + k]] = top[k];
+        }
     }
-    memset(out + used, 0, (ibid_page_width(s) - used) * sizeof *out);
+}
+
+void ibid_page_ask(const ibid_page_shape *s, const float *q, size_t group, const float *spread,
+                   const float *most, const ibid_page_query *out) {
+    size_t all = s->head_dim / 4, want = ibid_page_quads(s), n = 0, order[IBID_PAGE_DIM_MAX];
+    in_order(s, order);
+    for (size_t i = 0; i < all; i++) {
+        out->rank[i] = 0;
+        for (size_t k = 0; k < 4; k++) {
+            size_t d = order[4 * i + k];
+            float sum = 0;
+            for (size_t g = 0; g < group; g++) sum += fabsf(q[g * s->head_dim + d]);
+            out->rank[i] += spread[d] * sum;
+        }
+    }
+    for (size_t i = 0; i < all; i++) {
+        size_t before = 0;
+        for (size_t j = 0; j < all; j++)
+            before += out->rank[j] > out->rank[i] || (out->rank[j] == out->rank[i] && j < i);
+        if (before < want) out->quads[n++] = (uint32_t)i;
+    }
+    for (size_t g = 0; g < group; g++) {
+        float *to = out->q + 4 * g * want, largest = 0, sum = 0;
+        for (size_t i = 0; i < 4 * want; i++) {
+            size_t d = order[4 * out->quads[i / 4] + i % 4];
+            to[i] = q[g * s->head_dim + d];
+            float size = fabsf(to[i]) * most[d];
+            largest = fmaxf(largest, size);
+            sum += size;
+        }
+        float unit = fmaxf(largest / 127, sum * IBID_PAGE_UNIT);
+        for (size_t i = 0; i < 4 * want; i++) to[i] = unit > 0 ? to[i] / unit : 0;
+        out->unit[g] = unit;
+    }
 }
 
 void ibid_page_weigh(float *scores, const uint32_t *tokens, size_t n, float *weight) {

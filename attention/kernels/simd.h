@@ -9,6 +9,8 @@
 
 #include "attention/kernels/simd_maxsim.h"
 
+#include "attention/kernels/simd_page.h"
+
 #include "attention/kernels/simd_q8.h"
 
 /* Without VNNI's dot products of bytes it is slower than f32: on a Zen 4 core, 96 rows against
@@ -30,5 +32,5 @@
     .rmsnorm = simd_rmsnorm, .rope = simd_rope, .hadamard = simd_hadamard, .swiglu = simd_swiglu,  \
     .add = simd_add, .attn = simd_attn, SIMD_ATTN_I8.attn_mass = simd_attn_mass,                   \
     .kv_pack = simd_kv_pack, .kv_unpack = simd_kv_unpack, .maxsim_i8 = simd_maxsim_i8,             \
-    .maxsim_panels = simd_maxsim_panels, .q8_bytes = simd_q8_bytes, .q8_pack = simd_q8_pack,       \
-    .matmul_q8 = simd_matmul_q8
+    .maxsim_panels = simd_maxsim_panels, .page_scores = simd_page_scores,                          \
+    .q8_bytes = simd_q8_bytes, .q8_pack = simd_q8_pack, .matmul_q8 = simd_matmul_q8

@@ -1,4 +1,4 @@
-/* Decoding over chosen pages: the summaries' bounds and what is chosen against plain loops; a row
+/* Decoding over chosen pages: summaries, their scores and what is chosen against plain loops; a row
  * that chooses against one whose masks hide what it left out, and against full attention where it
  * may choose everything; and what must not matter. Random: seeds below. */
 #include "attention/engine_internal.h"
@@ -34,54 +34,146 @@ static const ibid_page_shape shapes[] = {{64, 64, IBID_PAIR_NEXT},   {128, 128, 
                                          {256, 256, IBID_PAIR_HALF}, {8, 4, IBID_PAIR_NEXT}};
 enum { SHAPES = sizeof shapes / sizeof *shapes };
 
-static double product(const uint16_t *summary, const float *query, size_t n) {
-    double sum = 0;
-    for (size_t i = 0; i < n; i++) sum += (double)ibid_f16_to_f32(summary[i]) * (double)query[i];
-    return sum;
+enum { DIM = 256, ROOM = 3, BYTES = ROOM * 64 * DIM };
+
+/* Dimension i in the order of quads. */
+static size_t in_order(const ibid_page_shape *s, size_t i) {
+    bool half = s->pairing == IBID_PAIR_HALF && i / 2 < s->n_rot / 2;
+    return half ? i / 2 + i % 2 * s->n_rot / 2 : i;
 }
 
-/* No key of a page scores outside q . mean +- R, also once all is turned. */
-static void test_bounds(void **state) {
-    const ibid_kernels *k = NULL;
+static int code_at(const ibid_page_sums *p, size_t i, size_t page, size_t t) {
+    uint8_t two = p->codes[((i / 4 * p->room + page) * 32 + t / 2) * 4 + i % 4];
+    return t % 2 ? two >> 4 : two & 15;
+}
+
+/* A key as its page's summary knows it. */
+static void recalled(const ibid_page_shape *s, const ibid_page_sums *sums, size_t page, size_t t,
+                     float *key) {
+    for (size_t i = 0; i < s->head_dim; i++) {
+        size_t d = in_order(s, i);
+        float step = sums->steps[(i / 4 * sums->room + page) * 4 + i % 4];
+        key[d] = ibid_f16_to_f32(sums->means[page * ibid_page_padded(s) + d]) +
+                 step * ((float)code_at(sums, i, page, t) - 7.5f);
+    }
+}
+
+/* Keys come back to half a step; those that do not count are copies of one that does. */
+static void test_summary(void **state) {
     uint64_t seed = SEED;
-    double tightest = INFINITY;
     (void)state;
-    must(ibid_kernels_get("reference", &k));
     for (size_t round = 0; round < 40 * SHAPES; round++) {
         const ibid_page_shape *s = &shapes[round % SHAPES];
-        size_t dim = s->head_dim, n = 1 + fx_random(&seed) % 64, width = ibid_page_width(s);
-        uint64_t seen = round % 3 ? ~UINT64_C(0) : fx_random(&seed) | 1;
-        float keys[64 * 256], q[256], up[512], down[512], cos[128], sin[128];
-        uint16_t summary[512];
-        float spread = 0.01f + 3 * fabsf(random_value(&seed));
+        size_t dim = s->head_dim, n = 1 + fx_random(&seed) % 64;
+        uint64_t all = n < 64 ? (UINT64_C(1) << n) - 1 : UINT64_MAX;
+        uint64_t seen = round % 3 ? all : (fx_random(&seed) & all) | UINT64_C(1) << (n - 1);
+        float keys[64 * DIM], key[DIM], most[DIM] = {0}, spread[DIM], top[DIM];
+        float wide = 0.01f + 3 * fabsf(random_value(&seed));
+        _Alignas(64) uint8_t memory[BYTES] = {0};
+        ibid_page_sums sums = ibid_page_sums_at(s, memory, ROOM);
+        size_t page = round % ROOM;
+        assert_true(ROOM * ibid_page_bytes(s) <= BYTES && ibid_page_bytes(s) % 64 == 0);
         for (size_t i = 0; i < dim; i++) {
             float mean = 4 * random_value(&seed);
-            for (size_t t = 0; t < n; t++) keys[t * dim + i] = mean + spread * random_value(&seed);
-            q[i] = random_value(&seed);
+            for (size_t t = 0; t < n; t++) keys[t * dim + i] = mean + wide * random_value(&seed);
         }
-        for (size_t i = 0; i < s->n_rot / 2; i++) {
-            cos[i] = cosf((float)(i + round));
-            sin[i] = sinf((float)(i + round));
-        }
-        bool turned = round % 2;
-        ibid_page_summary(s, keys, n, seen, turned ? cos : NULL, sin, summary);
-        if (turned) k->rope(s->pairing, keys, n, dim, s->n_rot, cos, sin);
-        ibid_page_query(s, q, 1, up);
-        ibid_page_query(s, q, -1, down);
-        double most = product(summary, up, width), least = product(summary, down, width);
+        ibid_page_summary(s, keys, n, seen, &sums, page);
         for (size_t t = 0; t < n; t++) {
             if (!(seen >> t & 1)) continue;
-            double score = 0, size = 0;
-            for (size_t i = 0; i < dim; i++) {
-                score += (double)q[i] * (double)keys[t * dim + i];
-                size += fabs((double)q[i] * (double)keys[t * dim + i]);
+            recalled(s, &sums, page, t, key);
+            for (size_t d = 0; d < dim; d++) {
+                uint16_t mean = sums.means[page * ibid_page_padded(s) + d];
+                float far = fabsf(keys[t * dim + d] - ibid_f16_to_f32(mean));
+                most[d] = fmaxf(most[d], far);
             }
-            assert_true(score <= most + 1e-5 * size && score >= least - 1e-5 * size);
-            if (n == 1) tightest = fmin(tightest, (most - least) / size);
+        }
+        for (size_t t = 0; t < 64; t++) {
+            size_t of = t < n && seen >> t & 1 ? t : (size_t)__builtin_ctzll(seen);
+            recalled(s, &sums, page, t, key);
+            for (size_t d = 0; d < dim; d++)
+                assert_true(fabsf(key[d] - keys[of * dim + d]) <=
+                            most[d] / 15 * 1.001f + 1e-5f * fabsf(key[d]));
+        }
+        ibid_page_spread(s, &sums, ROOM, spread, top);
+        for (size_t d = 0; d < dim; d++) { /* the other pages' steps are 0 */
+            assert_true(fabsf(spread[d] - most[d] / 7.5f) <= 1e-5f * most[d]);
+            assert_true(fabsf(top[d] - most[d] / 7.5f) <= 1e-6f * most[d]);
         }
     }
-    /* A page of one key is known to the rounding of f16. */
-    assert_true(tightest < 0.01);
+}
+
+/* Of a head at a page, against a plain loop. q [dim] as it was asked with. */
+static void check_score(const char *name, const ibid_page_shape *s, const ibid_page_sums *sums,
+                        const ibid_page_look *p, const float *q, float unit, size_t page,
+                        double got) {
+    double best = -INFINITY, most = 0, all = 0;
+    for (size_t t = 0; t < 64; t++) {
+        double sum = 0;
+        for (size_t i = 0; i < 4 * p->n; i++) {
+            size_t at = 4 * p->quads[i / 4] + i % 4;
+            double c = (double)(q[in_order(s, at)] *
+                                sums->steps[(at / 4 * sums->room + page) * 4 + at % 4]);
+            sum += c * (code_at(sums, at, page, t) - 7.5);
+            if (t) continue;
+            most = fmax(most, fabs(c));
+            all += fabs(c);
+        }
+        best = fmax(best, sum);
+    }
+    assert_true(most <= 127.01 * (double)unit && 15 * all <= 28001 * (double)unit);
+    /* Half a unit for each coefficient, at codes that are 7.5 away at most. */
+    if (fabs(got - best) > (double)unit * 7.5 * sqrt(4.0 * (double)p->n))
+        fail_msg("%s: %g, not %g", name, got, best);
+}
+
+/* The quads are those of most weight; a page's score is that of its best token over them, on every
+ * CPU's kernels. */
+static void test_best_token(void **state) {
+    enum { GROUP = 9 };
+    uint64_t seed = SEED + 2;
+    (void)state;
+    for (size_t round = 0; round < 20 * SHAPES; round++) {
+        const ibid_page_shape *s = &shapes[round % SHAPES];
+        size_t dim = s->head_dim, group = 1 + fx_random(&seed) % GROUP, n = ibid_page_quads(s);
+        float keys[64 * DIM], q[GROUP * DIM], spread[DIM], most[DIM], rank[DIM / 4], unit[GROUP];
+        float scaled[GROUP * DIM];
+        uint32_t quads[DIM / 4];
+        bool taken[DIM / 4] = {false};
+        _Alignas(64) uint8_t memory[BYTES];
+        ibid_page_sums sums = ibid_page_sums_at(s, memory, ROOM);
+        for (size_t page = 0; page < ROOM; page++) {
+            float wide = 0.1f + fabsf(random_value(&seed));
+            for (size_t i = 0; i < 64 * dim; i++) keys[i] = wide * random_value(&seed);
+            ibid_page_summary(s, keys, 64, UINT64_MAX, &sums, page);
+        }
+        for (size_t i = 0; i < group * dim; i++) q[i] = random_value(&seed);
+        ibid_page_spread(s, &sums, ROOM, spread, most);
+        ibid_page_query ask = {.quads = quads, .q = scaled, .unit = unit, .rank = rank};
+        ibid_page_ask(s, q, group, spread, most, &ask);
+        for (size_t i = 0; i < n; i++) {
+            assert_true(quads[i] < dim / 4 && (i == 0 || quads[i] > quads[i - 1]));
+            taken[quads[i]] = true;
+        }
+        for (size_t i = 0; i < dim / 4; i++)
+            for (size_t j = 0; j < dim / 4 && taken[i]; j++)
+                assert_true(taken[j] || rank[i] >= rank[j]);
+        ibid_page_look look = {.steps = sums.steps,
+                               .codes = sums.codes,
+                               .room = ROOM,
+                               .quads = quads,
+                               .q = scaled,
+                               .unit = unit,
+                               .n = n,
+                               .group = group};
+        for (const ibid_kernels *const *k = ibid_kernels_all(); *k; k++) {
+            float score[GROUP * ROOM] = {0};
+            if (!(*k)->supported()) continue;
+            (*k)->page_scores(&look, ROOM, score, ROOM);
+            for (size_t i = 0; i < group * ROOM; i++)
+                check_score((*k)->name, s, &sums, &look, q + i / ROOM * dim, unit[i / ROOM],
+                            i % ROOM, (double)score[i]);
+        }
+    }
 }
 
 static void test_choose(void **state) {
@@ -475,10 +567,11 @@ static void test_default_model(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_bounds),     cmocka_unit_test(test_choose),
-        cmocka_unit_test(test_everything), cmocka_unit_test(test_masks),
-        cmocka_unit_test(test_share),      cmocka_unit_test(test_same_bits),
-        cmocka_unit_test(test_refuses),    cmocka_unit_test(test_default_model),
+        cmocka_unit_test(test_summary),       cmocka_unit_test(test_best_token),
+        cmocka_unit_test(test_choose),        cmocka_unit_test(test_everything),
+        cmocka_unit_test(test_masks),         cmocka_unit_test(test_share),
+        cmocka_unit_test(test_same_bits),     cmocka_unit_test(test_refuses),
+        cmocka_unit_test(test_default_model),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -3,18 +3,24 @@
  * divergence of the next token's distribution in nats, the share of equal likeliest tokens, both
  * perplexities, and milliseconds per token.
  *
- * usage: bench_select MODEL.gguf TEXT [TOKENS [STEPS [BLOCK [SKIP [THREADS]]]]]
+ * usage: bench_select MODEL.gguf TEXT [TOKENS [STEPS [BLOCK [SKIP [THREADS [NEEDLES]]]]]]
  *
  * TOKENS tokens of TEXT from token SKIP on are stored as q8_0, in blocks of BLOCK tokens encoded
  * each by itself behind the model's prefix, or, if BLOCK is 0, as one causal pass leaves them. The
  * STEPS tokens that follow in the text are then given one by one, to full attention and to each
  * share, each with its own live KV. Times: the least of three runs of the steps, without measuring
  * recall; runs of all shares alternate. With THREADS 1 they are the processor's time, which a busy
- * machine changes little. */
+ * machine changes little.
+ *
+ * NEEDLES sentences, each with a number of six digits for a name, are put between the tokens of
+ * TEXT at even distances, and asked for one after the other, every token of question and answer a
+ * step of its own: one more line for each share has how many of the answers' tokens were the
+ * likeliest, and the mean of their negative log-likelihoods in nats. */
 #include "attention/plan/gate.h"
 #include "attention/plan/recompute.h"
 #include "tests/support/ready.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,7 +33,7 @@ enum { SHARES = sizeof shares / sizeof *shares };
 typedef struct bench {
     ready x;
     int32_t *ids;
-    size_t n_ids, tokens, steps, block, skip, threads;
+    size_t n_ids, tokens, steps, block, skip, threads, needles;
     ibid_placed_block *blocks;
     size_t n_blocks;
     uint32_t next; /* position of the first step */
@@ -45,6 +51,46 @@ static void *need(size_t n, size_t size) {
     return p;
 }
 
+static const char *const names[] = {
+    "Alder", "Birch", "Cedar",  "Elm",    "Fir", "Hazel", "Juniper", "Laurel",  "Maple", "Oak",
+    "Pine",  "Rowan", "Spruce", "Willow", "Yew", "Aspen", "Linden",  "Hemlock", "Larch", "Poplar"};
+enum { NAMES = sizeof names / sizeof *names, WORDS = 128 };
+
+/* Question i and its answer, which begins at token *split. Returns how many tokens. */
+static size_t sentence(const bench *b, size_t i, int32_t *ids, size_t *split) {
+    char text[WORDS];
+    size_t n[2];
+    /* Digits without an order: of the golden ratio's multiples. */
+    unsigned number = (unsigned)((i + 1) * UINT64_C(11400714819323198485) >> 44) % 900000 + 100000;
+    for (size_t k = 0; k < 2; k++) {
+        ibid_token *t = NULL;
+        if (k)
+            (void)snprintf(text, sizeof text, " %u.\n\n", number);
+        else
+            (void)snprintf(text, sizeof text, "\n\nThe secret number of %s house is", names[i]);
+        check(ibid_tokenize(b->x.m->tokenizer, text, strlen(text), false, &t, &n[k]));
+        for (size_t j = 0; j < n[k]; j++) ids[(k ? n[0] : 0) + j] = t[j].id;
+        ibid_free(t);
+    }
+    *split = n[0];
+    return n[0] + n[1];
+}
+
+/* Puts the needles into the text's tokens from `skip` on, instead of the last ones of them. */
+static void hide(bench *b) {
+    int32_t *out = need(b->tokens + WORDS * NAMES, sizeof *out), *from = b->ids + b->skip;
+    size_t n = 0, split;
+    for (size_t i = 0, done = 0; b->needles && i <= b->needles; i++) {
+        size_t to = b->tokens * (i + 1) / (b->needles + 1);
+        memcpy(out + n, from + done, (to - done) * sizeof *out);
+        n += to - done;
+        done = to;
+        if (i < b->needles) n += sentence(b, i, out + n, &split);
+    }
+    if (b->needles) memcpy(from, out, b->tokens * sizeof *out);
+    ibid_free(out);
+}
+
 static void read_text(bench *b, const char *path) {
     enum { MOST = 4 << 20 };
     FILE *f = fopen(path, "rb");
@@ -60,6 +106,7 @@ static void read_text(bench *b, const char *path) {
     ibid_free(text);
     if (b->skip + b->tokens + b->steps > b->n_ids)
         check(ibid_fail(IBID_INVAL, "the text has %zu tokens", b->n_ids));
+    hide(b);
 }
 
 /* All as one causal pass leaves it. */
@@ -156,13 +203,55 @@ static void compare(const bench *b, const float *want, const float *got, ibid_se
     ibid_gate_fini(&t);
 }
 
+/* Asks for every needle at a share. */
+static void seek(const bench *b, double share) {
+    float *logits = need(b->x.m->n_vocab, sizeof *logits);
+    size_t right = 0, n_tokens = 0;
+    double nats = 0;
+    for (size_t i = 0; i < b->needles; i++) {
+        int32_t ids[WORDS];
+        size_t split = 0, n = sentence(b, i, ids, &split);
+        ibid_select x = {.share = share};
+        ibid_seq *s = start(b);
+        for (size_t k = 0; k + 1 < n; k++) {
+            uint32_t at = b->next + (uint32_t)k;
+            ibid_step step = {.seq = s,
+                              .tokens = ids + k,
+                              .positions = &at,
+                              .n = 1,
+                              .n_logits = 1,
+                              .logits = logits,
+                              .select = share < 1 ? &x : NULL};
+            check(ibid_engine_forward(b->x.e, &step, 1, NULL));
+            if (k + 1 < split) continue;
+            size_t best = 0;
+            double sum = 0, next = (double)logits[ids[k + 1]];
+            for (size_t v = 1; v < b->x.m->n_vocab; v++)
+                if (logits[v] > logits[best]) best = v;
+            for (size_t v = 0; v < b->x.m->n_vocab; v++)
+                sum += exp((double)(logits[v] - logits[best]));
+            nats += (double)logits[best] + log(sum) - next;
+            right += (int32_t)best == ids[k + 1];
+            n_tokens++;
+        }
+        ibid_seq_close(s);
+    }
+    printf("{\"case\": \"needles\", \"tokens\": %zu, \"block\": %zu, \"needles\": %zu, \"share\": "
+           "%.2f, \"right\": %.4f, \"nats\": %.4f}\n",
+           b->tokens, b->block, b->needles, share, (double)right / (double)n_tokens,
+           nats / (double)n_tokens);
+    (void)fflush(stdout);
+    ibid_free(logits);
+}
+
 int main(int argc, char **argv) {
     static bench b;
     double ms[SHARES];
     if (argc < 3) {
-        (void)fprintf(stderr,
-                      "usage: %s MODEL.gguf TEXT [TOKENS [STEPS [BLOCK [SKIP [THREADS]]]]]\n",
-                      argv[0]);
+        (void)fprintf(
+            stderr,
+            "usage: %s MODEL.gguf TEXT [TOKENS [STEPS [BLOCK [SKIP [THREADS [NEEDLES]]]]]]\n",
+            argv[0]);
         return 2;
     }
     b.tokens = argc > 3 ? strtoul(argv[3], NULL, 10) : 7800;
@@ -170,6 +259,8 @@ int main(int argc, char **argv) {
     b.block = argc > 5 ? strtoul(argv[5], NULL, 10) : 200;
     b.skip = argc > 6 ? strtoul(argv[6], NULL, 10) : 0;
     b.threads = argc > 7 ? strtoul(argv[7], NULL, 10) : 0;
+    b.needles = argc > 8 ? strtoul(argv[8], NULL, 10) : 0;
+    if (b.needles > NAMES) b.needles = NAMES;
     check(ready_open(&b.x, argv[1], &(ibid_engine_opts){.int8 = true, .n_threads = b.threads},
                      &ibid_wording_default));
     read_text(&b, argv[2]);
@@ -192,5 +283,6 @@ int main(int argc, char **argv) {
         (void)run(&b, k ? &x : NULL, got);
         compare(&b, want, got, &x, shares[k], ms[k]);
     }
+    for (size_t k = 0; b.needles && k < SHARES; k++) seek(&b, shares[k]);
     return 0;
 }

@@ -39,6 +39,9 @@ struct alignas(16) uint4 {
 struct alignas(8) float2 {
     float x, y;
 };
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 
 namespace emulator {
 extern dim3 thread_index, block_index, block_size, grid_size;
@@ -172,6 +175,11 @@ IBIDI_DEV uint4 load_stream(const uint4 *p) {
 }
 IBIDI_DEV unsigned bits_of(uint64_t v) {
     return (unsigned)__builtin_popcountll(v);
+}
+
+IBIDI_DEV int32_t dot4(uint32_t a, uint32_t b, int32_t c) {
+    for (unsigned i = 0; i < 32; i += 8) c += (int8_t)(a >> i) * (int8_t)(b >> i);
+    return c;
 }
 
 ibid_err ibidi_emulator_put(void *s, const char *what, std::function<void()> f);
