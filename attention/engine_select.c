@@ -167,7 +167,7 @@ void ibidi_pick_truncate(ibid_seq *s) {
     if (n >= p->n) return;
     p->n = n;
     for (size_t l = 0; l < s->engine->m->n_layers; l++)
-        if (p->done[l] > n) p->done[l] = n;
+        if (p->done[l] > n) p->done[l] = n ? n - 1 : 0; /* so that spreads are made again */
 }
 
 /* ---- Summaries ---- */

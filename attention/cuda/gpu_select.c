@@ -37,8 +37,10 @@ static ibid_err ready_summaries(struct ibidi_gpu *g, ibid_seq *s) {
         q->summary_room = q->page_room;
         q->summary_segs = s->n_segs;
     }
+    /* Some are made again, so that spreads are: of those kept, the last ones may always be read. */
+    size_t again = kept > LIVE_LAST / IBIDI_CU_PAGE + 1 ? kept - LIVE_LAST / IBIDI_CU_PAGE - 1 : 0;
     for (size_t l = 0; l < n_layers; l++)
-        if (q->summed[l] > kept) q->summed[l] = kept;
+        if (q->summed[l] > kept) q->summed[l] = again;
     s->live_kept = SIZE_MAX / 2;
     return IBID_OK;
 }

@@ -64,10 +64,25 @@ static uint8_t code_of(float difference, float inverse) {
     return (uint8_t)(int)(x < 15 ? x : 15);
 }
 
+/* Two rows of codes [2, head_dim], to the quads' places. */
+static void store_codes(const ibid_page_shape *s, const uint8_t *rows, const size_t *order,
+                        uint8_t *to, size_t room) {
+    uint8_t both[IBID_PAGE_DIM_MAX], sorted[IBID_PAGE_DIM_MAX];
+    const uint8_t *from = both;
+    for (size_t d = 0; d < s->head_dim; d++)
+        both[d] = (uint8_t)(rows[d] | rows[s->head_dim + d] << 4);
+    if (s->pairing == IBID_PAIR_HALF) {
+        for (size_t i = 0; i < s->head_dim; i++) sorted[i] = both[order[i]];
+        from = sorted;
+    }
+    for (size_t i = 0; i < s->head_dim; i += 4)
+        memcpy(to + i / 4 * room * IBID_PAGE_TOKENS * 2, from + i, 4);
+}
+
 void ibid_page_summary(const ibid_page_shape *s, const float *keys, size_t n, uint64_t seen,
                        const ibid_page_sums *out, size_t page) {
     float mean[IBID_PAGE_DIM_MAX], most[IBID_PAGE_DIM_MAX] = {0}, inverse[IBID_PAGE_DIM_MAX];
-    uint8_t codes[IBID_PAGE_TOKENS][IBID_PAGE_DIM_MAX];
+    uint8_t codes[2 * IBID_PAGE_DIM_MAX]; /* of two tokens */
     size_t dim = s->head_dim, one = seen ? (size_t)__builtin_ctzll(seen) : 0;
     size_t order[IBID_PAGE_DIM_MAX];
     in_order(s, order);
@@ -80,16 +95,13 @@ void ibid_page_summary(const ibid_page_shape *s, const float *keys, size_t n, ui
         }
     }
     for (size_t d = 0; d < dim; d++) inverse[d] = most[d] > 0 ? 7.5f / most[d] : 0;
+    for (size_t i = 0; i < dim; i++)
+        out->steps[(i / 4 * out->room + page) * 4 + i % 4] = most[order[i]] / 7.5f;
     for (size_t t = 0; t < IBID_PAGE_TOKENS; t++) {
         const float *k = keys + (t < n && seen >> t & 1 ? t : one) * dim;
-        for (size_t d = 0; d < dim; d++) codes[t][d] = code_of(k[d] - mean[d], inverse[d]);
-    }
-    for (size_t i = 0; i < dim; i++) {
-        size_t at = i / 4 * out->room + page, d = order[i];
-        uint8_t *to = out->codes + at * IBID_PAGE_TOKENS * 2 + i % 4;
-        out->steps[at * 4 + i % 4] = most[d] / 7.5f;
-        for (size_t t = 0; t < IBID_PAGE_TOKENS; t += 2)
-            to[2 * t] = (uint8_t)(codes[t][d] | codes[t + 1][d] << 4);
+        uint8_t *row = codes + t % 2 * dim;
+        for (size_t d = 0; d < dim; d++) row[d] = code_of(k[d] - mean[d], inverse[d]);
+        if (t % 2) store_codes(s, codes, order, out->codes + (page * 32 + t / 2) * 4, out->room);
     }
 }
 
