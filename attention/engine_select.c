@@ -247,16 +247,13 @@ static size_t budget_of(const ibidi_pick *p, const ibid_select *s) {
     return want > (double)least ? (size_t)want : (size_t)least;
 }
 
-const uint64_t *ibidi_pick_choose(const ibid_engine *e, const ibidi_piece *piece, size_t layer,
-                                  size_t head, const float *q, ibidi_thread *th) {
+/* scores [group, room] of a head's pages for the queries q [group, head_dim] that share its keys. */
+static void score_pages(const ibid_engine *e, const ibidi_pick *p, size_t layer, size_t head,
+                        const float *q, float *scores, ibidi_thread *th) {
     const ibid_model *m = e->m;
-    ibidi_pick *p = piece->pick;
     ibid_page_shape shape = shape_of(m);
-    size_t width = ibid_page_padded(&shape), n_quads = ibid_page_quads(&shape),
-           words = p->room / 64, last = p->seen;
-    float *weight = p->weight + head * p->room;
-    float *scores = p->scores + head * e->group * p->room;
-    uint64_t *chosen = p->chosen + head * words;
+    size_t width = ibid_page_padded(&shape), n_quads = ibid_page_quads(&shape);
+    const float *spread = spread_of(m, p, layer, head);
     float *padded = p->padded + head * e->group * width;
     ibid_page_sums sums = sums_of(m, p, layer, head);
     ibid_tensor means = {.type = IBID_F16,
@@ -267,7 +264,6 @@ const uint64_t *ibidi_pick_choose(const ibid_engine *e, const ibidi_piece *piece
     for (size_t g = 0; g < e->group; g++) /* what is behind head_dim stays 0 */
         memcpy(padded + g * width, q + g * m->head_dim, m->head_dim * sizeof *padded);
     e->k->matmul(&means, 0, p->n, padded, width, e->group, scores, p->room, th->matmul);
-    const float *spread = spread_of(m, p, layer, head);
     ibid_page_query ask = {.quads = p->quads + head * n_quads,
                            .q = p->query + head * e->group * 4 * n_quads,
                            .unit = p->unit + head * e->group,
@@ -282,6 +278,16 @@ const uint64_t *ibidi_pick_choose(const ibid_engine *e, const ibidi_piece *piece
                            .n = n_quads,
                            .group = e->group};
     e->k->page_scores(&look, p->n, scores, p->room);
+}
+
+const uint64_t *ibidi_pick_choose(const ibid_engine *e, const ibidi_piece *piece, size_t layer,
+                                  size_t head, const float *q, ibidi_thread *th) {
+    ibidi_pick *p = piece->pick;
+    size_t words = p->room / 64, last = p->seen;
+    float *weight = p->weight + head * p->room;
+    float *scores = p->scores + head * e->group * p->room;
+    uint64_t *chosen = p->chosen + head * words;
+    score_pages(e, p, layer, head, q, scores, th);
     memset(weight, 0, p->n * sizeof *weight);
     for (size_t g = 0; g < e->group; g++)
         ibid_page_weigh(scores + g * p->room, p->tokens, p->n, weight);
