@@ -247,7 +247,8 @@ static size_t budget_of(const ibidi_pick *p, const ibid_select *s) {
     return want > (double)least ? (size_t)want : (size_t)least;
 }
 
-/* scores [group, room] of a head's pages for the queries q [group, head_dim] that share its keys. */
+/* scores [group, room] of a head's pages for the queries q [group, head_dim] that share its keys.
+ */
 static void score_pages(const ibid_engine *e, const ibidi_pick *p, size_t layer, size_t head,
                         const float *q, float *scores, ibidi_thread *th) {
     const ibid_model *m = e->m;
