@@ -565,13 +565,104 @@ static void test_default_model(void **state) {
     ibid_model_close(m);
 }
 
+enum { NEEDLES = 6, SENTENCE = 64 };
+static const char *const houses[NEEDLES] = {"Alder", "Juniper", "Rowan", "Elm", "Poplar", "Yew"};
+static const unsigned numbers[NEEDLES] = {482199, 351807, 609374, 275518, 940263, 716485};
+
+static size_t ids_of(const ibid_model *m, const char *text, int32_t *out) {
+    ibid_token *t = NULL;
+    size_t n = 0;
+    must(ibid_tokenize(m->tokenizer, text, strlen(text), false, &t, &n));
+    assert_true(n <= SENTENCE / 2);
+    for (size_t i = 0; i < n; i++) out[i] = t[i].id;
+    ibid_free(t);
+    return n;
+}
+
+/* A needle's question and answer, which begins at token *split. */
+static size_t needle(const ibid_model *m, size_t i, int32_t *out, size_t *split) {
+    char text[128];
+    (void)snprintf(text, sizeof text, "\n\nThe secret number of %s house is", houses[i]);
+    *split = ids_of(m, text, out);
+    (void)snprintf(text, sizeof text, " %u.\n\n", numbers[i]);
+    return *split + ids_of(m, text, out + *split);
+}
+
+/* How many tokens of all answers are the likeliest, each token a step. */
+static size_t ask_all(ibid_engine *e, const fx_kv *kv, size_t stored, double share, size_t *all) {
+    const ibid_model *m = ibid_engine_model(e);
+    float *logits = calloc(m->n_vocab, sizeof *logits);
+    size_t right = 0;
+    *all = 0;
+    for (size_t k = 0; k < NEEDLES; k++) {
+        int32_t ids[SENTENCE];
+        size_t split = 0, n = needle(m, k, ids, &split);
+        ibid_segment g = {.layers = kv->layers};
+        ibid_select x = {.share = share, .least = 1};
+        ibid_seq *s = NULL;
+        must(ibid_seq_open(e, SENTENCE, &s));
+        must(ibid_seq_add_segment(s, &g));
+        for (size_t i = 0; i + 1 < n; i++) {
+            uint32_t at = (uint32_t)(stored + i);
+            ibid_step step = {.seq = s,
+                              .tokens = ids + i,
+                              .positions = &at,
+                              .n = 1,
+                              .n_logits = 1,
+                              .logits = logits,
+                              .select = share < 1 ? &x : NULL};
+            size_t best = 0;
+            must(ibid_engine_forward(e, &step, 1, NULL));
+            for (size_t v = 1; v < m->n_vocab; v++)
+                if (logits[v] > logits[best]) best = v;
+            if (i + 1 < split) continue;
+            right += (int32_t)best == ids[i + 1];
+            (*all)++;
+        }
+        ibid_seq_close(s);
+    }
+    free(logits);
+    return right;
+}
+
+/* Numbers hidden in a text are found by choosing as they are by full attention. Measured: 46 tokens
+ * of 54, full attention 44; 13 where pages rank by their keys' means alone. */
+static void test_needles(void **state) {
+    const char *path = fx_default_model();
+    ibid_model *m = NULL;
+    ibid_engine *e = NULL;
+    size_t n = 0, all = 0, split;
+    (void)state;
+    if (!path) skip();
+    int32_t *text = calloc(TEXT_ROOM, sizeof *text), *ids = calloc(TEXT_ROOM, sizeof *ids);
+    must(ibid_model_open(path, NULL, &m));
+    must(ibid_engine_open(m, &(ibid_engine_opts){.int8 = true}, &e));
+    (void)read_sample(m, text);
+    for (size_t i = 0; i <= NEEDLES; i++) {
+        size_t part = TEXT / (NEEDLES + 1);
+        memcpy(ids + n, text + i * part, part * sizeof *ids);
+        n += part;
+        if (i < NEEDLES) n += needle(m, i, ids + n, &split);
+    }
+    fx_kv kv = fx_encode(e, NULL, 0, ids, n, IBID_KV_Q8_0);
+    size_t full = ask_all(e, &kv, n, 1, &all), some = ask_all(e, &kv, n, 0.1, &all);
+    printf("needles: of %zu tokens full attention has %zu right, a tenth of the context %zu\n", all,
+           full, some);
+    assert_true(2 * full > all && 8 * some >= 7 * full);
+    free(text);
+    free(ids);
+    fx_kv_free(&kv);
+    ibid_engine_close(e);
+    ibid_model_close(m);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_summary),       cmocka_unit_test(test_best_token),
         cmocka_unit_test(test_choose),        cmocka_unit_test(test_everything),
         cmocka_unit_test(test_masks),         cmocka_unit_test(test_share),
         cmocka_unit_test(test_same_bits),     cmocka_unit_test(test_refuses),
-        cmocka_unit_test(test_default_model),
+        cmocka_unit_test(test_default_model), cmocka_unit_test(test_needles),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
