@@ -6,6 +6,7 @@
 
 enum {
     PAIRS = IBIDI_CU_DIM_MAX / 64, /* of a lane, at most */
+    DIMS = IBIDI_CU_DIM_MAX / 32,  /* the same */
     QUADS = IBIDI_CU_DIM_MAX / 4,
     QUADS_READ = (QUADS * 3 + 7) / 8,
     SCORE_WARPS = 4,
@@ -212,13 +213,15 @@ struct question {
     float rank[QUADS];
     uint32_t before[QUADS]; /* how many rank higher */
     uint32_t quads[QUADS_READ];
+    uint32_t at[QUADS_READ];              /* of their first page's steps */
     float q[SCORE_HEADS][4 * QUADS_READ]; /* in units */
     float unit[SCORE_HEADS];
 };
 
-/* Returns how many quads are read. q [group, dim]; the block's heads are those from `from` on. */
-IBIDI_DEV unsigned ask(const ibidi_cu_shape &m, const float *q, const float *spread, unsigned from,
-                       question *out) {
+/* Returns how many quads are read. q [group, dim]; the block's heads are those from `from` on, and
+ * zeros where there are none. */
+IBIDI_DEV unsigned ask(const ibidi_cu_shape &m, const float *q, const float *spread, unsigned room,
+                       unsigned from, question *out) {
     unsigned me = threadIdx.x, lane = me % 32, dim = m.head_dim, n = (dim / 4 * 3 + 7) / 8;
     for (unsigned i = me; i < dim / 4; i += 32 * SCORE_WARPS) {
         float rank = 0;
@@ -243,35 +246,35 @@ IBIDI_DEV unsigned ask(const ibidi_cu_shape &m, const float *q, const float *spr
         if (out->before[i] >= n) continue;
         for (unsigned j = 0; j < i; j++) at += out->before[j] < n;
         out->quads[at] = i;
+        out->at[at] = i * room;
     }
     __syncthreads();
     unsigned g = me / 32;
-    if (from + g < m.group) {
-        float most = 0, sum = 0;
-        for (unsigned i = lane; i < 4 * n; i += 32) {
-            unsigned at = 4 * out->quads[i / 4] + i % 4;
-            float v = q[(size_t)(from + g) * dim + in_order(m, at)];
-            float size = fabsf(v) * spread[dim + at];
-            out->q[g][i] = v;
-            most = fmaxf(most, size);
-            sum += size;
-        }
-        float unit = fmaxf(warp_max(most) / 127, warp_sum(sum) * PAGE_UNIT);
-        for (unsigned i = lane; i < 4 * n; i += 32)
-            out->q[g][i] = unit > 0 ? out->q[g][i] / unit : 0;
-        if (lane == 0) out->unit[g] = unit;
+    float most = 0, sum = 0;
+    for (unsigned i = lane; i < 4 * n; i += 32) {
+        unsigned at = 4 * out->quads[i / 4] + i % 4;
+        float v = from + g < m.group ? q[(size_t)(from + g) * dim + in_order(m, at)] : 0;
+        float size = fabsf(v) * spread[dim + at];
+        out->q[g][i] = v;
+        most = fmaxf(most, size);
+        sum += size;
     }
+    float unit = fmaxf(warp_max(most) / 127, warp_sum(sum) * PAGE_UNIT);
+    float inverse = unit > 0 ? 1 / unit : 0;
+    for (unsigned i = lane; i < 4 * n; i += 32) out->q[g][i] *= inverse;
+    if (lane == 0) out->unit[g] = unit;
     __syncthreads();
     return n;
 }
 
 /* A warp's coefficients at a page, four bytes a quad, into words; base: what they add up to, of
- * this lane's. */
-IBIDI_DEV void coefficients(const question &x, unsigned heads, unsigned n, const float4 *steps,
-                            size_t room, uint32_t (*words)[QUADS_READ], int *base) {
+ * this lane's. steps: of the page in the first quad. */
+IBIDI_DEV void coefficients(const question &x, unsigned n, const float4 *steps,
+                            uint32_t (*words)[QUADS_READ], int *base) {
     for (unsigned k = threadIdx.x % 32; k < n; k += 32) {
-        const float4 s = steps[(size_t)x.quads[k] * room];
-        for (unsigned g = 0; g < heads; g++) {
+        const float4 s = steps[x.at[k]];
+#pragma unroll
+        for (unsigned g = 0; g < SCORE_HEADS; g++) {
             const float *q = x.q[g] + 4 * k;
             int a = (int)rintf(q[0] * s.x), b = (int)rintf(q[1] * s.y);
             int c = (int)rintf(q[2] * s.z), d = (int)rintf(q[3] * s.w);
@@ -283,7 +286,8 @@ IBIDI_DEV void coefficients(const question &x, unsigned heads, unsigned n, const
     sync_warp();
 }
 
-/* A warp scores pages for up to SCORE_HEADS of the queries that share a kv head. */
+/* A warp scores pages for up to SCORE_HEADS of the queries that share a kv head; heads that are not
+ * there are computed too, as zeros, so that nothing branches. */
 __global__ void __launch_bounds__(32 * SCORE_WARPS)
     score_kernel(ibidi_cu_shape m, const ibidi_cu_choosing *table, unsigned layer, const float *q) {
     __shared__ question x;
@@ -298,32 +302,45 @@ __global__ void __launch_bounds__(32 * SCORE_WARPS)
     const summaries sums = summaries_of(m, a, layer, head);
     const float *spread = a.spread + ((size_t)layer * m.n_kv_heads + head) * 2 * dim;
     q += (size_t)head * m.group * dim;
-    unsigned n = ask(m, q, spread, from, &x);
+    unsigned n = ask(m, q, spread, a.room, from, &x);
+    float mine[DIMS][SCORE_HEADS]; /* queries */
+#pragma unroll
+    for (unsigned j = 0; j < DIMS; j++)
+#pragma unroll
+        for (unsigned g = 0; g < SCORE_HEADS; g++)
+            mine[j][g] =
+                lane + 32 * j < dim && g < heads ? q[(size_t)(from + g) * dim + lane + 32 * j] : 0;
     float *scores = a.weight + ((size_t)head * (m.group + 1) + from) * a.room;
     for (page += warp; page < end; page += SCORE_WARPS) {
         int base[SCORE_HEADS] = {}, even[SCORE_HEADS] = {}, odd[SCORE_HEADS] = {};
-        float mean[SCORE_HEADS] = {};
-        coefficients(x, heads, n, sums.steps + page, a.room, words[warp], base);
+        float rest[SCORE_HEADS];
+        coefficients(x, n, sums.steps + page, words[warp], base);
+        const uint32_t *codes = sums.codes + (size_t)page * 32 + lane;
 #pragma unroll 4
         for (unsigned k = 0; k < n; k++) {
-            uint32_t w = sums.codes[((size_t)x.quads[k] * a.room + page) * 32 + lane];
+            uint32_t w = codes[(size_t)x.at[k] * 32];
 #pragma unroll
             for (unsigned g = 0; g < SCORE_HEADS; g++) {
-                uint32_t c = words[warp][g][k]; /* heads that are not there: whatever */
+                uint32_t c = words[warp][g][k];
                 even[g] = dot4(w & 0x0f0f0f0fu, c, even[g]);
                 odd[g] = dot4(w >> 4 & 0x0f0f0f0fu, c, odd[g]);
             }
         }
-        for (unsigned d = lane; d < dim; d += 32) {
-            float v = f16_to_f32(sums.means[(size_t)page * dim + d]);
-            for (unsigned g = 0; g < heads; g++) mean[g] += q[(size_t)(from + g) * dim + d] * v;
+#pragma unroll
+        for (unsigned g = 0; g < SCORE_HEADS; g++) rest[g] = -7.5f * x.unit[g] * (float)base[g];
+        const uint16_t *means = sums.means + (size_t)page * dim + lane;
+#pragma unroll
+        for (unsigned j = 0; j < DIMS; j++) {
+            if (32 * j >= dim) break;
+            float v = f16_to_f32(means[32 * j]);
+#pragma unroll
+            for (unsigned g = 0; g < SCORE_HEADS; g++) rest[g] += mine[j][g] * v;
         }
 #pragma unroll
         for (unsigned g = 0; g < SCORE_HEADS; g++) {
-            if (g >= heads) break;
             float best = warp_max((float)(even[g] > odd[g] ? even[g] : odd[g]));
-            float rest = warp_sum(mean[g] - 7.5f * x.unit[g] * (float)base[g]);
-            if (lane == 0) scores[(size_t)g * a.room + page] = rest + x.unit[g] * best;
+            float score = warp_sum(rest[g]) + x.unit[g] * best;
+            if (lane == 0 && g < heads) scores[(size_t)g * a.room + page] = score;
         }
         sync_warp(); /* before the words are the next page's */
     }
