@@ -245,6 +245,7 @@ IBIDI_DEV unsigned ask(const ibidi_cu_shape &m, const float *q, const float *spr
         unsigned at = 0;
         if (out->before[i] >= n) continue;
         for (unsigned j = 0; j < i; j++) at += out->before[j] < n;
+        if (at >= n) continue; /* among what is no number, more come first */
         out->quads[at] = i;
         out->at[at] = i * room;
     }

@@ -136,7 +136,7 @@ void ibid_page_ask(const ibid_page_shape *s, const float *q, size_t group, const
             out->rank[i] += spread[d] * sum;
         }
     }
-    for (size_t i = 0; i < all; i++) {
+    for (size_t i = 0; i < all && n < want; i++) { /* among what is no number, more come first */
         size_t before = 0;
         for (size_t j = 0; j < all; j++)
             before += out->rank[j] > out->rank[i] || (out->rank[j] == out->rank[i] && j < i);

@@ -176,6 +176,29 @@ static void test_best_token(void **state) {
     }
 }
 
+/* What is no number chooses something, and nothing beside it. */
+static void test_broken_query(void **state) {
+    (void)state;
+    for (size_t round = 0; round < 4 * SHAPES; round++) {
+        const ibid_page_shape *s = &shapes[round % SHAPES];
+        size_t n = ibid_page_quads(s), dim = s->head_dim;
+        float q[DIM], spread[DIM], rank[DIM / 4], unit[1], scaled[DIM + 1];
+        uint32_t quads[DIM / 4 + 1];
+        for (size_t d = 0; d < dim; d++) {
+            q[d] = round / SHAPES < 2 || d % 3 == 0 ? NAN : 1;
+            spread[d] = round / SHAPES % 2 ? INFINITY : 1;
+        }
+        quads[n] = 77;
+        scaled[4 * n] = 77;
+        ibid_page_query ask = {.quads = quads, .q = scaled, .unit = unit, .rank = rank};
+        ibid_page_ask(s, q, 1, spread, spread, &ask);
+        for (size_t i = 0; i < n; i++)
+            assert_true(quads[i] < dim / 4 && (i == 0 || quads[i] > quads[i - 1]));
+        assert_int_equal(quads[n], 77);
+        assert_true(scaled[4 * n] == 77);
+    }
+}
+
 static void test_choose(void **state) {
     enum { N = 300 };
     uint64_t seed = SEED + 1;
@@ -658,11 +681,12 @@ static void test_needles(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_summary),       cmocka_unit_test(test_best_token),
-        cmocka_unit_test(test_choose),        cmocka_unit_test(test_everything),
-        cmocka_unit_test(test_masks),         cmocka_unit_test(test_share),
-        cmocka_unit_test(test_same_bits),     cmocka_unit_test(test_refuses),
-        cmocka_unit_test(test_default_model), cmocka_unit_test(test_needles),
+        cmocka_unit_test(test_summary),      cmocka_unit_test(test_best_token),
+        cmocka_unit_test(test_broken_query), cmocka_unit_test(test_choose),
+        cmocka_unit_test(test_everything),   cmocka_unit_test(test_masks),
+        cmocka_unit_test(test_share),        cmocka_unit_test(test_same_bits),
+        cmocka_unit_test(test_refuses),      cmocka_unit_test(test_default_model),
+        cmocka_unit_test(test_needles),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
