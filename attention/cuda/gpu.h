@@ -127,6 +127,7 @@ struct ibidi_gpu_seq {
     size_t n_turns;
     ibidi_gpu_room summaries; /* of ibidi_cu_choosing, and its spread behind them */
     size_t summary_room, summary_segs;
+    bool no_summaries; /* the device has no room for them */
     size_t *summed;  /* [n_layers] pages whose summaries are there */
     uint8_t *mirror; /* pages of a layer read back */
     size_t mirror_bytes, mirror_page0, mirror_layer;

@@ -2,6 +2,7 @@
  * step's chosen pages become a sequence of their own, and attention's tiles read that. Summaries
  * are the sequence's, since masks and places are; making them reads its keys once. */
 #include "attention/cuda/gpu.h"
+#include "rpc/base/log.h"
 
 #include <math.h>
 #include <string.h>
@@ -22,17 +23,29 @@ static size_t spread_bytes(const struct ibidi_gpu *g) {
     return g->m->n_layers * g->m->n_kv_heads * 2 * g->shape.head_dim * sizeof(float);
 }
 
-/* Room for summaries of all the sequence's pages; forgets those that are not its any more. */
+/* The device has no room for them: asked once, or every token would ask again. */
+static void give_up_summaries(const struct ibidi_gpu *g, const ibid_seq *s) {
+    s->gpu->no_summaries = true;
+    ibid_log(IBID_LOG_WARN,
+             "the GPU has no room for %zu MiB of page summaries: the answer reads all of its "
+             "context; a smaller --gpu-pool leaves more",
+             summary_bytes(g, s->gpu->page_room) >> 20);
+}
+
+/* Room for summaries of all the sequence's pages; forgets those that are not its any more. NOMEM:
+ * it has none, and reads everything. */
 static ibid_err ready_summaries(struct ibidi_gpu *g, ibid_seq *s) {
     struct ibidi_gpu_seq *q = s->gpu;
     size_t n_layers = g->m->n_layers, kept = q->n_stored_pages + s->live_kept / IBIDI_CU_PAGE;
     ibid_err err = IBID_OK;
+    if (q->no_summaries) return IBID_NOMEM;
     if (!q->summed && !(q->summed = ibid_calloc(n_layers, sizeof *q->summed)))
         return ibid_fail(IBID_NOMEM, "no memory to select pages");
     if (q->summary_room != q->page_room || q->summary_segs != s->n_segs) {
         memset(q->summed, 0, n_layers * sizeof *q->summed);
         q->summary_room = 0;
         err = ibidi_gpu_reserve(g, &q->summaries, summary_bytes(g, q->page_room) + spread_bytes(g));
+        if (err == IBID_NOMEM) give_up_summaries(g, s);
         if (err) return err;
         q->summary_room = q->page_room;
         q->summary_segs = s->n_segs;
@@ -55,7 +68,7 @@ static bool has_summaries(const struct ibidi_gpu *g, const struct ibidi_gpu_seq 
 static ibid_err plan_summaries(struct ibidi_gpu *g, ibid_seq *s, ibidi_gpu_choice *c) {
     struct ibidi_gpu_seq *q = s->gpu;
     ibid_err err = ready_summaries(g, s);
-    if (err == IBID_NOMEM) return IBID_OK; /* they will read everything */
+    if (err == IBID_NOMEM) return IBID_OK;
     if (err || has_summaries(g, q)) return err;
     c->summarises = true;
     c->seq = s;
@@ -80,7 +93,7 @@ ibid_err ibidi_gpu_choice_plan(struct ibidi_gpu *g, const ibid_step *step, ibidi
     want = fmax(want, (double)least);
     if (want >= (double)n) return IBID_OK;
     ibid_err err = ready_summaries(g, s);
-    if (err == IBID_NOMEM) return IBID_OK; /* it reads everything */
+    if (err == IBID_NOMEM) return IBID_OK;
     if (err) return err;
     c->select = x;
     c->seq = s;

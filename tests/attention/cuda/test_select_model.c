@@ -393,6 +393,29 @@ static void stream_crowded(const world *w) {
     ibid_seq_close(s);
 }
 
+#ifdef IBIDI_EMULATED
+/* No room for summaries: a row that would choose reads everything, and says so; others choose. */
+static void no_room(const world *w) {
+    static outcome full, got;
+    ibid_seq *s = start(w, w->gpu, LIVE, ID);
+    decode_on(w->gpu, s, 5, LIVE, 0, false, &full);
+    ibid_seq_truncate(s, LIVE);
+    ibidi_emulator_memory(ibidi_emulator_in_use() + 1024);
+    for (size_t i = 0; i < 2; i++) {
+        decode_on(w->gpu, s, 5, LIVE, 6 * PAGE, false, &got);
+        ibid_seq_truncate(s, LIVE);
+        CHECK(got.select.seen == 0, "%llu tokens seen", (unsigned long long)got.select.seen);
+        same(&got, &full, "without room for summaries");
+    }
+    ibidi_emulator_memory(0);
+    ibid_seq_close(s);
+    s = start(w, w->gpu, LIVE, ID);
+    decode_on(w->gpu, s, 5, LIVE, 6 * PAGE, false, &got);
+    CHECK(got.select.seen > 0, "a sequence that has room does not choose");
+    ibid_seq_close(s);
+}
+#endif
+
 static void deep(void) {
     world w;
     ibid_test_gguf spec = {.n_layers = 8,
@@ -412,6 +435,9 @@ static void deep(void) {
     stream_forewarned(&w);
     stream_batch(&w);
     stream_crowded(&w);
+#ifdef IBIDI_EMULATED
+    no_room(&w);
+#endif
     close_world(&w);
     printf("a context that passes through the pool is as others\n");
 }
