@@ -2,7 +2,6 @@
  * their own properties: tokens tile the text, long runs stay linear, controls stay out. */
 #include "attention/model/model.h"
 #include "attention/tokenizer/internal.h"
-#include "rpc/base/clock.h"
 #include "rpc/base/mem.h"
 #include "rpc/base/sanitized.h"
 #include "tests/support/gguf_write.h"
