@@ -80,14 +80,14 @@ static size_t sentence(const bench *b, size_t i, int32_t *ids, size_t *split) {
 static void hide(bench *b) {
     int32_t *out = need(b->tokens + WORDS * NAMES, sizeof *out), *from = b->ids + b->skip;
     size_t n = 0, split;
-    for (size_t i = 0, done = 0; b->needles && i <= b->needles; i++) {
+    for (size_t i = 0, done = 0; i <= b->needles; i++) {
         size_t to = b->tokens * (i + 1) / (b->needles + 1);
         memcpy(out + n, from + done, (to - done) * sizeof *out);
         n += to - done;
         done = to;
         if (i < b->needles) n += sentence(b, i, out + n, &split);
     }
-    if (b->needles) memcpy(from, out, b->tokens * sizeof *out);
+    memcpy(from, out, b->tokens * sizeof *out);
     ibid_free(out);
 }
 
@@ -210,8 +210,8 @@ static void compare(const bench *b, const float *want, const float *got, ibid_se
 /* Asks for every needle at a share. */
 static void seek(const bench *b, double share) {
     float *logits = need(b->x.m->n_vocab, sizeof *logits);
+    ibid_gate_tally t = {0};
     size_t right = 0, n_tokens = 0;
-    double nats = 0;
     for (size_t i = 0; i < b->needles; i++) {
         int32_t ids[WORDS];
         size_t split = 0, n = sentence(b, i, ids, &split);
@@ -229,12 +229,9 @@ static void seek(const bench *b, double share) {
             check(ibid_engine_forward(b->x.e, &step, 1, NULL));
             if (k + 1 < split) continue;
             size_t best = 0;
-            double sum = 0, next = (double)logits[ids[k + 1]];
             for (size_t v = 1; v < b->x.m->n_vocab; v++)
                 if (logits[v] > logits[best]) best = v;
-            for (size_t v = 0; v < b->x.m->n_vocab; v++)
-                sum += exp((double)(logits[v] - logits[best]));
-            nats += (double)logits[best] + log(sum) - next;
+            check(ibid_gate_add(&t, logits, logits, b->x.m->n_vocab, ids[k + 1]));
             right += (int32_t)best == ids[k + 1];
             n_tokens++;
         }
@@ -243,8 +240,9 @@ static void seek(const bench *b, double share) {
     printf("{\"case\": \"needles\", \"tokens\": %zu, \"block\": %zu, \"needles\": %zu, \"share\": "
            "%.2f, \"right\": %.4f, \"nats\": %.4f}\n",
            b->tokens, b->block, b->needles, share, (double)right / (double)n_tokens,
-           nats / (double)n_tokens);
+           log(ibid_gate_score_of(&t).ppl_test));
     (void)fflush(stdout);
+    ibid_gate_fini(&t);
     ibid_free(logits);
 }
 

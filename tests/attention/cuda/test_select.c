@@ -288,7 +288,7 @@ static void check_chosen(const world *w, size_t head, void *sums, const float *s
     for (size_t i = 0; i < w->n; i++) {
         if (i == 0 || i >= w->last) CHECK(chosen[i], "page %zu is always read", i);
         if (!chosen[i] && tokens_in(&w->pages[i]))
-            CHECK(weight[i] <= least * (1 + 1e-3), "page %zu weighs %g, one chosen %g", i,
+            CHECK(weight[i] <= least * (1 + 1e-4), "page %zu weighs %g, one chosen %g", i,
                   weight[i], least);
     }
 }
